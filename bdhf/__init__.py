@@ -1,0 +1,23 @@
+"""Block-diagonal Hessian-free optimization for PyTorch, and the suite that replicates its paper.
+
+The library is what this module exports; it needs torch alone. The suite's parts (`bdhf.training`,
+`bdhf.record`, `bdhf.report`, ...) are imported by name and need the ``suite`` extra.
+"""
+
+from bdhf.blocks import blocks_from_modules, split_into_blocks
+from bdhf.cg import CGResult, conjugate_gradient
+from bdhf.curvature import ggn_vector_product
+from bdhf.optimizer import BlockDiagonalHF, BlockStep, StepReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockDiagonalHF",
+    "BlockStep",
+    "CGResult",
+    "StepReport",
+    "blocks_from_modules",
+    "conjugate_gradient",
+    "ggn_vector_product",
+    "split_into_blocks",
+]

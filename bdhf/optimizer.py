@@ -1,0 +1,296 @@
+"""Block-diagonal Hessian-free optimization (Zhang, Xiong, Bradbury, Socher 2017)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bdhf.batches import Batch, Criterion, checked_batch, loss_and_gradient
+from bdhf.cg import StopReason, conjugate_gradient
+from bdhf.curvature import GaussNewton, RandomState, flattened, unflattened
+
+
+@dataclass(frozen=True)
+class BlockStep:
+    """What one block's solve did in an update.
+
+    Attributes:
+        iterations: conjugate gradient steps taken.
+        reason: why it stopped (see `conjugate_gradient`).
+        value: ``½ Δᵀ(G + λI)Δ + gᵀΔ`` at the solution; negative when it promises a decrease.
+        products: curvature products used, the one for the warm start included.
+    """
+
+    iterations: int
+    reason: StopReason
+    value: float
+    products: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the last update did; `BlockDiagonalHF.last_step`.
+
+    Attributes:
+        blocks: one entry for each param group.
+        gradient_norm: 2-norm of the gradient over all blocks, a scalar on the device.
+        path: how curvature products were computed: ``"linearized"`` or
+            ``"recomputed in pieces"`` (with ``micro_batch``).
+    """
+
+    blocks: list[BlockStep]
+    gradient_norm: Tensor
+    path: str
+
+    @property
+    def products(self) -> int:
+        """Curvature products of all blocks together."""
+        return sum(block.products for block in self.blocks)
+
+
+class BlockDiagonalHF(Optimizer):
+    """Block-diagonal Hessian-free optimization; with one param group, Hessian-free optimization.
+
+    The param groups are the blocks. An update solves, for each block ``b`` independently and by
+    truncated conjugate gradient (CG), ``min_Δ ½ Δᵀ(G_bb + λI)Δ + g_bᵀΔ``, where ``g`` is the
+    gradient on a mini-batch and ``G`` the generalised Gauss-Newton matrix on a curvature
+    mini-batch, and then takes ``w ← w + lr · Δ`` (Zhang et al. 2017, section 3)::
+
+        opt = BlockDiagonalHF(blocks_from_modules(model.encoder, model.decoder), lr=0.1)
+        loss = opt.step(model, criterion, (inputs, targets), curvature_batch=(few, their_targets))
+
+    Args:
+        params: the blocks as param groups (`blocks_from_modules` and `split_into_blocks` make
+            them), or a plain iterable of parameters: one block. Each group may override any of
+            the settings below.
+        lr: ``α``, the fraction of the solution that is taken; 0 or more.
+        damping: ``λ``, Tikhonov damping; 0 or more.
+        cg_max_iter: the most CG iterations for a block; 1 or more.
+        cg_tol: ε of the relative-progress rule (Martens 2010, section 4.4); 0 switches it off.
+        cg_momentum: CG starts from this constant times the block's last solution, from 0
+            (a cold start) to 1.
+
+    The default values are this project's choices for the paper's experiments.
+
+    Raises:
+        ValueError: a setting is out of its range, or a parameter is complex.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.1,
+        damping: float = 0.0,
+        cg_max_iter: int = 30,
+        cg_tol: float = 5e-4,
+        cg_momentum: float = 0.95,
+    ) -> None:
+        #: What the last update did (a `StepReport`); None before the first.
+        self.last_step: StepReport | None = None
+        defaults = {
+            "lr": lr,
+            "damping": damping,
+            "cg_max_iter": cg_max_iter,
+            "cg_tol": cg_tol,
+            "cg_momentum": cg_momentum,
+        }
+        _check_settings(defaults)
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.last_step = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a block; see `torch.optim.Optimizer.add_param_group`."""
+        _check_settings(param_group)
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.is_complex():
+                self.param_groups.pop()
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} has dtype {parameter.dtype}; "
+                    "BlockDiagonalHF needs real parameters"
+                )
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        criterion: Criterion | None = None,
+        batch: Batch | None = None,
+        curvature_batch: Batch | None = None,
+        *,
+        micro_batch: int | None = None,
+    ) -> Tensor | None:
+        """Make one update.
+
+        Parameters that do not require a gradient are left out, as are parameters of the model
+        that are in no group. The gradient is left in ``p.grad``.
+
+        Args:
+            model: the network whose parameters are in the param groups.
+            criterion: the loss, called as ``criterion(outputs, targets)``; returns a scalar, and
+                is convex in the outputs (else a block's solve may stop at negative curvature).
+            batch: ``(inputs, targets)`` for the gradient; inputs are a tensor, a tuple
+                (``model(*inputs)``) or a dict (``model(**inputs)``). None: use the gradients
+                found in ``p.grad``, after clipping, accumulation or DDP.
+            curvature_batch: the same for curvature, in the paper a strict subset of ``batch``.
+                None: use ``batch``.
+            micro_batch: process both batches in pieces of this many rows: less memory for more
+                work, with equal results. Tensors are cut along their first dimension.
+
+        Returns:
+            The loss before the update, a detached scalar on the device; None if ``batch`` is.
+
+        Raises:
+            TypeError: ``model`` is not a module (a closure, say), or a batch is not a pair.
+            ValueError: an argument is missing, a parameter is not the model's or none is
+                trainable, or ``micro_batch`` would change the result.
+        """
+        _check_arguments(model, criterion, batch, curvature_batch)
+        assert criterion is not None
+        groups, blocks = self._trainable_blocks(model)
+        parameters = [p for block in blocks for p in block]
+        state = RandomState.capture(parameters)
+
+        loss = None
+        if batch is not None:
+            batch = checked_batch(batch, "batch")
+            loss = loss_and_gradient(model, criterion, batch, parameters, micro_batch)
+        gradients = [_flat_gradient(block) for block in blocks]
+        if all(p.grad is None for p in parameters):
+            raise ValueError(
+                "batch=None uses the gradients in p.grad, and there are none; "
+                "call loss.backward() first, or pass a batch"
+            )
+
+        if curvature_batch is None:
+            curvature_batch = batch
+        curvature_batch = checked_batch(curvature_batch, "curvature_batch")
+        # Linearised from the same random state: on the same batch, gradient and curvature then
+        # see the same dropout masks.
+        matrix = GaussNewton(model, criterion, curvature_batch, blocks, micro_batch, state)
+        steps = self._solve(matrix, groups, blocks, gradients)
+
+        norm = torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(g).to(gradients[0].device) for g in gradients])
+        )
+        self.last_step = StepReport(steps, norm, matrix.path)
+        return loss
+
+    def _trainable_blocks(
+        self, model: nn.Module
+    ) -> tuple[list[dict[str, Any]], list[list[nn.Parameter]]]:
+        """The param groups with trainable parameters, and those parameters."""
+        known = set(model.parameters())
+        for position, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                if parameter not in known:
+                    raise ValueError(
+                        f"param group {position} holds a parameter of shape "
+                        f"{tuple(parameter.shape)} that is not in the model "
+                        f"({type(model).__name__}); pass step() the model whose parameters the "
+                        "optimizer was given"
+                    )
+        pairs = [(g, [p for p in g["params"] if p.requires_grad]) for g in self.param_groups]
+        groups = [group for group, block in pairs if block]
+        if not groups:
+            raise ValueError("no parameter in the param groups requires a gradient")
+        return groups, [block for _, block in pairs if block]
+
+    def _solve(
+        self,
+        matrix: GaussNewton,
+        groups: list[dict[str, Any]],
+        blocks: list[list[nn.Parameter]],
+        gradients: list[Tensor],
+    ) -> list[BlockStep]:
+        """Solve every block, step along the solutions and keep them for the next warm start."""
+        used = [0] * len(blocks)
+
+        def damped(vectors: list[Tensor | None]) -> list[Tensor | None]:
+            products = matrix.products(vectors)
+            for k, (vector, product) in enumerate(zip(vectors, products, strict=True)):
+                if vector is not None and product is not None:
+                    used[k] += 1
+                    product.add_(vector, alpha=groups[k]["damping"])
+            return products
+
+        solutions = conjugate_gradient(
+            damped,
+            [gradient.neg() for gradient in gradients],
+            [self._warm_start(*row) for row in zip(groups, blocks, gradients, strict=True)],
+            max_iter=[group["cg_max_iter"] for group in groups],
+            tol=[group["cg_tol"] for group in groups],
+        )
+        for group, block, solved in zip(groups, blocks, solutions, strict=True):
+            for p, change in zip(block, unflattened(solved.solution, block), strict=True):
+                p.add_(change, alpha=group["lr"])
+                self.state[p]["cg_solution"] = change.clone()
+        return [
+            BlockStep(solved.iterations, solved.reason, solved.value, products)
+            for solved, products in zip(solutions, used, strict=True)
+        ]
+
+    def _warm_start(
+        self, group: dict[str, Any], block: list[nn.Parameter], gradient: Tensor
+    ) -> Tensor | None:
+        """The last solution times ``cg_momentum``; None where that is zero."""
+        if group["cg_momentum"] == 0 or not any("cg_solution" in self.state[p] for p in block):
+            return None
+        last = [self.state[p].get("cg_solution", torch.zeros_like(p)) for p in block]
+        return flattened(last, gradient.dtype).mul_(group["cg_momentum"])
+
+
+def _flat_gradient(block: list[nn.Parameter]) -> Tensor:
+    """The block's gradient as one vector, in single precision or wider."""
+    dtype = torch.float32
+    for p in block:
+        dtype = torch.promote_types(dtype, p.dtype)
+    return flattened([torch.zeros_like(p) if p.grad is None else p.grad for p in block], dtype)
+
+
+def _check_arguments(
+    model: Any, criterion: Criterion | None, batch: Any, curvature_batch: Any
+) -> None:
+    if not isinstance(model, nn.Module):
+        hint = (
+            "; step() takes no closure: it computes the gradient and curvature itself"
+            if callable(model)
+            else ""
+        )
+        raise TypeError(
+            f"step() got a {type(model).__name__} as model{hint}. Call it as "
+            "opt.step(model, criterion, (inputs, targets))"
+        )
+    if criterion is None:
+        raise ValueError("step() needs a criterion: opt.step(model, criterion, (inputs, targets))")
+    if batch is None and curvature_batch is None:
+        raise ValueError("batch=None uses the gradients in p.grad and then needs a curvature_batch")
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    ranges = {
+        "lr": (0, math.inf),
+        "damping": (0, math.inf),
+        "cg_max_iter": (1, math.inf),
+        "cg_tol": (0, math.inf),
+        "cg_momentum": (0, 1),
+    }
+    for name, (low, high) in ranges.items():
+        if name not in settings:
+            continue
+        value = settings[name]
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if name == "cg_max_iter" and not is_whole:
+            raise ValueError(f"{name}={value!r}; must be a whole number, 1 or more")
+        if not low <= value <= high or value == math.inf:
+            allowed = f"from {low} to {high}" if high < math.inf else f"{low} or more and finite"
+            raise ValueError(f"{name}={value!r}; must be {allowed}")

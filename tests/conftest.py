@@ -1,0 +1,5 @@
+"""Test set-up: one thread a process, so that results do not depend on the machine."""
+
+import torch
+
+torch.set_num_threads(1)
