@@ -195,7 +195,7 @@ def test_value_predicts_the_change_of_a_quadratic_loss() -> None:
     before = opt.step(model, nn.MSELoss(), batch)
     after = nn.MSELoss()(model(batch[0]), batch[1])
     assert opt.last_step is not None and before is not None
-    assert float(after - before) == pytest.approx(opt.last_step.blocks[0].value, rel=1e-10)
+    assert (after - before).item() == pytest.approx(opt.last_step.blocks[0].value, rel=1e-10)
 
 
 def test_buffers_move_once_in_the_gradient_pass() -> None:

@@ -1,0 +1,54 @@
+# bdhf: every target sets up what it needs. `make help` lists them.
+
+SCALE  ?= laptop
+PYTHON ?= python3
+VENV   ?= .venv
+
+RUN    := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint reproduce-autoencoder collect figures clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' \
+	  | awk -F '\t' '{ printf "  make %-24s %s\n", $$1, $$2 }'
+	@echo
+	@echo "  SCALE=paper|laptop|demo picks all sizes at once (default: laptop);"
+	@echo "  BDHF_DATA=FOLDER names a folder with data sets (default: data, filled by download)."
+
+setup: $(READY) ## a virtual environment with pinned versions in .venv
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  torch torchvision
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --editable '.[suite,dev]'
+	@touch $@
+
+demo: $(READY) ## three optimizers on a small autoencoder, in seconds and without a download
+	$(RUN) experiments/autoencoder.py --multirun scale=demo
+	@$(MAKE) --no-print-directory collect figures SCALE=demo
+
+reproduce-autoencoder: $(READY) ## figure 1: every cell of the autoencoder experiment at SCALE
+	$(RUN) experiments/autoencoder.py --multirun scale=$(SCALE)
+	@$(MAKE) --no-print-directory collect figures
+
+collect: $(READY) ## merge run folders into results/SCALE/curves.csv
+	$(RUN) scripts/collect.py $(SCALE)
+
+figures: $(READY) ## redraw the figures of SCALE from results/SCALE/curves.csv
+	$(RUN) scripts/figures.py $(SCALE)
+
+test: $(READY) ## style, types and tests; minutes
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest
+
+test-slow: $(READY) ## the tests that take minutes each, on real MNIST where it is found
+	$(RUN) -m pytest -m slow
+
+clean: ## remove the virtual environment and caches (not results)
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

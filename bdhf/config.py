@@ -1,0 +1,246 @@
+"""The types of the Hydra configs, and the checks that types cannot express.
+
+The values are in ``configs/``. A key that is not declared here, or a value of another type, is
+refused by Hydra; `checked` refuses the rest before anything is loaded or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key and what is allowed."""
+
+
+@dataclass
+class OptimizerConfig:
+    """What all optimizers have."""
+
+    name: str = MISSING
+    lr: float = MISSING
+
+
+@dataclass
+class AdamConfig(OptimizerConfig):
+    """Adam (Kingma and Ba 2015), torch's implementation."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+@dataclass
+class HessianFreeConfig(OptimizerConfig):
+    """`BlockDiagonalHF`; whether its blocks are the experiment's or one is decided by its name."""
+
+    damping: float = MISSING
+    cg_max_iter: int = MISSING
+    cg_tol: float = MISSING
+    cg_momentum: float = MISSING
+
+
+@dataclass
+class HessianFreeSettings:
+    """What an experiment sets for HF and block-diagonal HF alike."""
+
+    lr: float = 0.1
+    damping: float = MISSING
+    cg_max_iter: int = MISSING
+    cg_tol: float = 5e-4
+    cg_momentum: float = 0.95
+
+
+@dataclass
+class DataConfig:
+    """Which data set, and where it lies or goes."""
+
+    name: str = MISSING
+    root: str = MISSING
+
+
+@dataclass
+class Config:
+    """Everything a run depends on. Comments say what a key does; values are in ``configs/``."""
+
+    experiment: str = MISSING
+    scale: str = MISSING
+    network: Any = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = MISSING
+    seed: int = 0
+
+    # Which of the optimizer's cells gives the four sizes below, where they are not given: its
+    # number, as text, since OmegaConf takes only text inside an interpolation.
+    cell: str = "0"
+    batch_size: int = MISSING
+    curvature_batch_size: int | None = None
+    updates: int = MISSING
+    evaluate_every: int = MISSING
+    # Rows of the fixed random subset of the training set on which the training loss is followed.
+    evaluation_rows: int = 10_000
+
+    # These change neither the curve nor the run's folder.
+    device: str = "auto"
+    threads: int | None = None
+    micro_batch: int | None = None
+    time_limit: float | None = None
+    checkpoint_seconds: float = 60.0
+    results: str = "results"
+
+    # Tables that the values above point into.
+    hessian_free: HessianFreeSettings = field(default_factory=HessianFreeSettings)
+    cells: dict[str, Any] = field(default_factory=dict)
+
+
+#: Keys that change neither the curve nor the run's folder.
+_OUTSIDE_THE_HASH = (
+    "cell",
+    "updates",
+    "device",
+    "threads",
+    "micro_batch",
+    "time_limit",
+    "checkpoint_seconds",
+    "results",
+)
+
+
+def register(experiment: str, network: type) -> None:
+    """Tell Hydra the types, with an experiment's own for its ``network`` node."""
+    store = ConfigStore.instance()
+    store.store(name="types", node=Config)
+    store.store(group="optimizer", name="types_adam", node=AdamConfig)
+    store.store(group="optimizer", name="types_hessian_free", node=HessianFreeConfig)
+    store.store(group="network", name=experiment, node=network)
+
+
+def checked(composed: DictConfig) -> Config:
+    """The composed config, resolved and checked.
+
+    Raises:
+        ConfigError: a value is missing or out of range; the message names its key.
+    """
+    _check_cell(composed)
+    try:
+        config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error)) from error
+    _check_optimizer(config.optimizer)
+    _check_sizes(config)
+    _check_machine(config)
+    return config
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """The resolved values of a run, without the tables they came from."""
+    values = asdict(config)
+    del values["hessian_free"], values["cells"]
+    return values
+
+
+def config_hash(config: Config) -> str:
+    """Eight hex digits over all that changes a run's curve."""
+    values = settings_of(config)
+    for key in _OUTSIDE_THE_HASH:
+        del values[key]
+    del values["data"]["root"]
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def device_of(config: Config) -> torch.device:
+    """The device to train on; ``auto`` is the first GPU where there is one."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key}={value}: must be {allowed}")
+
+
+def _check_cell(composed: DictConfig) -> None:
+    name = composed.optimizer.name
+    numbers = [str(number) for number in range(len(composed.cells.get(name, [])))]
+    _require(
+        composed.cell in numbers,
+        "cell",
+        composed.cell,
+        f"one of {', '.join(numbers) or 'none'}, the cells of optimizer={name} in "
+        f"{composed.experiment} at scale={composed.scale}",
+    )
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    zero_or_more = "0 or more, and finite"
+    if isinstance(optimizer, HessianFreeConfig):
+        for name in ("lr", "damping", "cg_tol"):
+            value = getattr(optimizer, name)
+            _require(0 <= value < math.inf, f"optimizer.{name}", value, zero_or_more)
+        cap, momentum = optimizer.cg_max_iter, optimizer.cg_momentum
+        _require(cap >= 1, "optimizer.cg_max_iter", cap, "1 or more")
+        _require(0 <= momentum <= 1, "optimizer.cg_momentum", momentum, "from 0 to 1")
+    if isinstance(optimizer, AdamConfig):
+        _require(0 <= optimizer.lr < math.inf, "optimizer.lr", optimizer.lr, zero_or_more)
+        _require(0 <= optimizer.eps < math.inf, "optimizer.eps", optimizer.eps, zero_or_more)
+        inside = all(0 <= beta < 1 for beta in optimizer.betas)
+        _require(inside, "optimizer.betas", list(optimizer.betas), "two numbers from 0 to below 1")
+
+
+def _check_sizes(config: Config) -> None:
+    for key in ("batch_size", "updates", "evaluate_every", "evaluation_rows"):
+        value = getattr(config, key)
+        _require(value >= 1, key, value, "1 or more")
+    _require(config.seed >= 0, "seed", config.seed, "0 or more")
+    rows = config.curvature_batch_size
+    if isinstance(config.optimizer, HessianFreeConfig):
+        _require(
+            rows is not None and 1 <= rows < config.batch_size,
+            "curvature_batch_size",
+            rows,
+            f"from 1 to {config.batch_size - 1}, below batch_size={config.batch_size}: the "
+            "curvature mini-batch is a strict subset of the mini-batch",
+        )
+    else:
+        name = config.optimizer.name
+        _require(rows is None, "curvature_batch_size", rows, f"null for optimizer={name}")
+    for optional in ("micro_batch", "threads"):
+        value = getattr(config, optional)
+        _require(value is None or value >= 1, optional, value, "1 or more, or null")
+
+
+def _check_machine(config: Config) -> None:
+    limit, pause = config.time_limit, config.checkpoint_seconds
+    _require(limit is None or limit > 0, "time_limit", limit, "a number of seconds, or null")
+    _require(pause >= 0, "checkpoint_seconds", pause, "0 or more")
+    allowed = "auto, cpu, cuda or cuda:N"
+    try:
+        device = device_of(config)
+    except RuntimeError:
+        raise ConfigError(f"device={config.device}: must be {allowed}") from None
+    _require(device.type in ("cpu", "cuda"), "device", config.device, allowed)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        _require(
+            (device.index or 0) < count,
+            "device",
+            config.device,
+            f"a device that is there: torch {torch.__version__} sees {count} CUDA devices; "
+            "device=cpu always works",
+        )
+
+
+def check_against_data(config: Config, rows: int) -> None:
+    """Refuse sizes that the training set of ``rows`` samples cannot fill."""
+    allowed = f"at most {rows}, the size of the {config.data.name} training set"
+    _require(config.batch_size <= rows, "batch_size", config.batch_size, allowed)

@@ -1,0 +1,290 @@
+"""What an experiment is, and the one runner behind every ``experiments/*.py``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from bdhf.batches import Criterion
+from bdhf.blocks import ParamGroup
+from bdhf.config import (
+    AdamConfig,
+    Config,
+    ConfigError,
+    HessianFreeConfig,
+    check_against_data,
+    checked,
+    device_of,
+    register,
+)
+from bdhf.curvature import RandomState
+from bdhf.data import DataError, Images, load
+from bdhf.first_order import FirstOrder
+from bdhf.optimizer import BlockDiagonalHF
+from bdhf.progress import ProgressDisplay
+from bdhf.record import RunFolder
+from bdhf.training import (
+    Accuracy,
+    Outcome,
+    Problem,
+    Progress,
+    Row,
+    Sizes,
+    StepOptimizer,
+    Training,
+    evaluate,
+    stream_seed,
+)
+from bdhf.work import count_work
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+_PROCESS_START = time.monotonic()
+
+#: Rows on which the work of an update is counted; the count is exact for any number.
+_COUNTED_ROWS = 2
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment of the paper, as ``experiments/*.py`` describe it.
+
+    Attributes:
+        name: of the experiment and of its config, ``configs/<name>.yaml``.
+        settings: dataclass of the config's ``network`` node.
+        network: builds the network from such settings, drawing from torch's random stream.
+        blocks: splits the network's parameters for block-diagonal HF.
+        criterion: the loss, called as ``criterion(outputs, targets)``.
+        prepare: maps images (rows, height, width), from 0 to 1, and labels to the network's
+            inputs and targets.
+        accuracy: maps outputs and targets to hits; None where the experiment has no accuracy.
+    """
+
+    name: str
+    settings: type
+    network: Callable[[Any], nn.Module]
+    blocks: Callable[[Any], list[ParamGroup]]
+    criterion: Criterion
+    prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    accuracy: Accuracy | None = None
+
+
+def main(experiment: Experiment) -> None:
+    """Command line of an experiment: Hydra composes the config, `run` does the work."""
+    register(experiment.name, experiment.settings)
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=experiment.name)
+    def job(composed: DictConfig) -> None:
+        try:
+            run(experiment, checked(composed))
+        except (ConfigError, DataError) as error:
+            sys.exit(f"error: {error}")
+
+    job()
+
+
+def run(experiment: Experiment, config: Config) -> RunFolder:
+    """Make one run, or continue it, or find that it is finished.
+
+    Raises:
+        DataError: the data set is missing or corrupt.
+        ConfigError: the data set is too small for the sizes asked for.
+        SystemExit: a signal or ``time_limit`` stopped it; a checkpoint is written.
+    """
+    folder = RunFolder(config)
+    done = folder.status == "finished" and folder.updates_done >= config.updates
+    if done or folder.status == "diverged":
+        print(f"{folder.path}: {folder.status} already")
+        return folder
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    images = load(config.data.name, config.data.root)
+    check_against_data(config, len(images.train_images))
+    training = _set_up(experiment, config, images)
+    folder.begin(config, _facts(config, images, training))
+    with folder.failures_recorded():
+        _restore(folder, training)
+        outcome = _train(folder, training, config)
+        _close(folder, training, outcome)
+    print(f"{folder.path}: {outcome.status}, {outcome.reason}")
+    if outcome.status == "stopped":
+        print("Repeat the command to continue.")
+        sys.exit(_exit_code(outcome.reason))
+    return folder
+
+
+def _set_up(experiment: Experiment, config: Config, images: Images) -> Training:
+    """Model, data and optimizer. Streams of their own keep weights and data order apart."""
+    device = device_of(config)
+    torch.manual_seed(stream_seed("initialisation", config.seed))
+    model = experiment.network(config.network).to(device)
+    torch.manual_seed(stream_seed("training", config.seed))
+
+    def prepared(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        inputs, targets = experiment.prepare(images, labels)
+        return inputs.to(device), targets.to(device)
+
+    problem = Problem(
+        model,
+        experiment.criterion,
+        train=prepared(images.train_images, images.train_labels),
+        test=prepared(images.test_images, images.test_labels),
+        accuracy=experiment.accuracy,
+    )
+    blocks, optimizer = make_optimizer(config.optimizer, model, experiment.blocks)
+    sample = problem.train[0][:_COUNTED_ROWS], problem.train[1][:_COUNTED_ROWS]
+    work = count_work(model, problem.criterion, sample, [block["params"] for block in blocks])
+    sizes = Sizes(
+        config.batch_size,
+        config.curvature_batch_size,
+        config.updates,
+        config.evaluate_every,
+        config.evaluation_rows,
+        config.micro_batch,
+    )
+    return Training(problem, optimizer, sizes, config.seed, work)
+
+
+def make_optimizer(
+    settings: Any, model: nn.Module, blocks: Callable[[Any], list[ParamGroup]]
+) -> tuple[list[ParamGroup], StepOptimizer]:
+    """The optimizer that ``settings`` describe, and the blocks it solves (none for Adam).
+
+    Raises:
+        ConfigError: there is no such optimizer.
+    """
+    values = asdict(settings)
+    name = values.pop("name")
+    if isinstance(settings, AdamConfig):
+        return [], FirstOrder(torch.optim.Adam(model.parameters(), **values))
+    if isinstance(settings, HessianFreeConfig):
+        groups = blocks(model) if name == "bdhf" else [{"params": list(model.parameters())}]
+        return groups, BlockDiagonalHF(groups, **values)
+    raise ConfigError(f"optimizer.name={name}: must be adam, hf or bdhf")
+
+
+def _facts(config: Config, images: Images, training: Training) -> dict[str, Any]:
+    device = device_of(config)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
+    return {
+        "device": gpu or str(device),
+        "data": {"name": config.data.name, "source": images.source, "sha256": images.sha256},
+        "seed": config.seed,
+        "parameters": sum(p.numel() for p in parameters),
+        "work": asdict(training.work),
+    }
+
+
+def _restore(folder: RunFolder, training: Training) -> None:
+    checkpoint = folder.load_checkpoint()
+    if checkpoint is None:
+        return
+    training.problem.model.load_state_dict(checkpoint["model"])
+    training.optimizer.load_state_dict(checkpoint["optimizer"])
+    training.progress = Progress(**checkpoint["progress"])
+    torch.set_rng_state(checkpoint["random_state"])
+    if checkpoint["cuda_random_state"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(checkpoint["cuda_random_state"])
+    if training.progress.update < training.sizes.updates:
+        folder.drop_rows_off_the_grid(training.sizes.evaluate_every)
+
+
+def _checkpoint(training: Training) -> dict[str, Any]:
+    random_state = RandomState.capture(list(training.problem.model.parameters()))
+    return {
+        "model": training.problem.model.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "progress": asdict(training.progress),
+        "random_state": random_state.cpu,
+        "cuda_random_state": random_state.of_device,
+    }
+
+
+def _train(folder: RunFolder, training: Training, config: Config) -> Outcome:
+    curvature = config.curvature_batch_size
+    title = f"{config.experiment} {config.optimizer.name} b{config.batch_size}"
+    title += ("" if curvature is None else f" c{curvature}") + f" seed {config.seed}"
+    last_saved = time.monotonic()
+
+    with (
+        ProgressDisplay(title, config.updates, training.progress.update) as display,
+        _signals_caught() as caught,
+    ):
+
+        def on_row(row: Row) -> None:
+            folder.append(row)
+            display.row(row)
+
+        def on_update() -> None:
+            nonlocal last_saved
+            display.update(training.progress.update)
+            if time.monotonic() - last_saved >= config.checkpoint_seconds:
+                folder.save_checkpoint(_checkpoint(training))
+                last_saved = time.monotonic()
+
+        def stop_reason() -> str | None:
+            if caught:
+                return f"signal {signal.Signals(caught[0]).name}"
+            limit = config.time_limit
+            if limit is not None and time.monotonic() - _PROCESS_START >= limit:
+                return f"time_limit={limit:g} seconds"
+            return None
+
+        outcome = training.run(on_row, on_update, stop_reason)
+    # Kept for good, so that a larger budget can continue from here.
+    folder.save_checkpoint(_checkpoint(training))
+    return outcome
+
+
+def _close(folder: RunFolder, training: Training, outcome: Outcome) -> None:
+    facts: dict[str, Any] = {}
+    if outcome.status == "finished":
+        problem = training.problem
+        loss, accuracy = evaluate(problem, problem.train)
+        facts = {"full_train_loss": loss, "full_train_accuracy": accuracy}
+    folder.end(outcome.status, outcome.reason, training.progress.update, **facts)
+
+
+@contextmanager
+def _signals_caught() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, so that training can stop after the current update.
+
+    A second SIGINT interrupts at once.
+    """
+    caught: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if number in caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    previous = {number: signal.signal(number, remember) for number in _SIGNALS}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _exit_code(reason: str) -> int:
+    """As shells report a signal; 0 where the time limit stopped the run as asked."""
+    for number in _SIGNALS:
+        if reason.endswith(number.name):
+            return 128 + number
+    return os.EX_OK

@@ -1,0 +1,119 @@
+"""The paper's figures, redrawn from the compact table of curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+from bdhf.report import CellKey, Curves, read_curves
+
+#: Colours of Okabe and Ito (2008), which the colour-blind can tell apart.
+_COLORS = {"adam": "#E69F00", "hf": "#0072B2", "bdhf": "#D55E00"}
+_NAMES = {"adam": "Adam", "hf": "HF", "bdhf": "Block-diagonal HF"}
+#: The smallest size first: line and marker tell the sizes apart, also in print.
+_STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
+
+#: For each experiment: number and title of its figure, and what its rows of panels show.
+FIGURES: dict[str, tuple[int, str, dict[str, str]]] = {
+    "autoencoder": (
+        1,
+        "Deep autoencoder",
+        {
+            "train_loss": "train error (squared, per image)",
+            "test_loss": "test error (squared, per image)",
+        },
+    ),
+}
+
+
+def draw_figures(results: Path, scale: str) -> list[Path]:
+    """Draw a figure for each experiment in ``results/<scale>/curves.csv``, as PNG and SVG."""
+    curves = read_curves(results, scale)
+    paths = []
+    for experiment, (number, title, panels) in FIGURES.items():
+        cells = {key: value for key, value in curves.items() if key.experiment == experiment}
+        if cells:
+            stem = results / scale / f"figure{number}_{experiment}"
+            paths += _draw(cells, f"{title} ({scale} scale)", panels, stem)
+    return paths
+
+
+def _draw(
+    cells: dict[CellKey, Curves], title: str, panels: dict[str, str], stem: Path
+) -> list[Path]:
+    # Reproducible files: text stays text, and neither ids nor dates change.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bdhf", "font.size": 9}):
+        figure, axes = pyplot.subplots(
+            len(panels), 2, figsize=(9, 3.2 * len(panels)), sharey="row", layout="constrained"
+        )
+        for row, (metric, label) in zip(axes, panels.items(), strict=True):
+            row[0].set_ylabel(label)
+            for axis, x in zip(row, ("update", "epoch"), strict=True):
+                for key in sorted(cells, key=_order):
+                    _plot(axis, cells[key], x, metric, key, _style_number(key, cells))
+                axis.set_xscale("log")
+                axis.set_yscale("log")
+                axis.grid(True, which="both", alpha=0.2)
+        axes[-1][0].set_xlabel("updates")
+        axes[-1][1].set_xlabel("epochs (passes over the training set for gradients)")
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        figure.suptitle(f"{title}; {_seeds(cells)}")
+        paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
+        for path in paths:
+            metadata = {"Date": None} if path.suffix == ".svg" else None
+            figure.savefig(path, dpi=150, metadata=metadata)
+        pyplot.close(figure)
+    return paths
+
+
+def _plot(axis: Axes, curves: Curves, x: str, metric: str, key: CellKey, style: int) -> None:
+    """Mean over the seeds, with a band from the least to the greatest."""
+    values = curves.columns[metric]
+    places = curves.update if x == "update" else curves.columns[x][0]
+    shown = places > 0  # a logarithmic axis has no place for the start
+    line, marker = _STYLES[style % len(_STYLES)]
+    axis.plot(
+        places[shown],
+        values.mean(axis=0)[shown],
+        line,
+        color=_COLORS.get(key.optimizer),
+        marker=marker,
+        markersize=3.5,
+        markevery=max(1, int(shown.sum()) // 8),
+        label=_label(key),
+    )
+    if len(values) > 1:
+        low, high = np.min(values, axis=0)[shown], np.max(values, axis=0)[shown]
+        axis.fill_between(
+            places[shown], low, high, color=_COLORS.get(key.optimizer), alpha=0.15, linewidth=0
+        )
+
+
+def _label(key: CellKey) -> str:
+    name = _NAMES.get(key.optimizer, key.optimizer)
+    if key.curvature_batch_size is None:
+        return f"{name}, mini-batch {key.batch_size}"
+    return f"{name}, mini-batch {key.batch_size}, curvature {key.curvature_batch_size}"
+
+
+def _order(key: CellKey) -> tuple[int, int, int]:
+    optimizers = list(_COLORS)
+    place = optimizers.index(key.optimizer) if key.optimizer in optimizers else len(optimizers)
+    return place, key.batch_size, key.curvature_batch_size or 0
+
+
+def _style_number(key: CellKey, cells: dict[CellKey, Curves]) -> int:
+    """The cell's place among the sizes of its optimizer."""
+    return sorted((c for c in cells if c.optimizer == key.optimizer), key=_order).index(key)
+
+
+def _seeds(cells: dict[CellKey, Curves]) -> str:
+    counts = sorted({len(curves.seeds) for curves in cells.values()})
+    if counts == [1]:
+        return "1 seed"
+    return f"{' or '.join(map(str, counts))} seeds: mean, least and greatest"

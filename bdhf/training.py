@@ -1,0 +1,273 @@
+"""The one loop that every optimizer goes through.
+
+It knows no optimizer by name: whatever answers ``step(model, criterion, batch, curvature_batch)``
+with a loss and keeps a report in ``last_step`` can be trained.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bdhf.batches import Batch, Criterion, pieces
+from bdhf.optimizer import StepReport
+from bdhf.work import Work
+
+#: Rows evaluated at once: enough to keep a GPU busy, few enough for any memory.
+_EVALUATION_ROWS = 2000
+
+#: A training loss above this many times the initial one counts as divergence.
+DIVERGENCE_FACTOR = 10.0
+
+Row = dict[str, float | int | None]
+Status = Literal["finished", "diverged", "stopped"]
+Accuracy = Callable[[Any, Tensor], Tensor]
+
+
+class StepOptimizer(Protocol):
+    """What the loop asks of an optimizer."""
+
+    last_step: StepReport | None
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    def step(
+        self,
+        model: nn.Module,
+        criterion: Criterion,
+        batch: Batch,
+        curvature_batch: Batch | None = None,
+        *,
+        micro_batch: int | None = None,
+    ) -> Tensor | None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of what (see `bdhf.config.Config`)."""
+
+    batch_size: int
+    curvature_batch_size: int | None
+    updates: int
+    evaluate_every: int
+    evaluation_rows: int
+    micro_batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is minimised, and on which data.
+
+    Attributes:
+        model: the network, on its device.
+        criterion: the loss.
+        train, test: whole data sets ``(inputs, targets)``, tensors on the same device.
+        accuracy: maps outputs and targets to a tensor of hits, one a row; None: no accuracy.
+    """
+
+    model: nn.Module
+    criterion: Criterion
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    accuracy: Accuracy | None = None
+
+
+@dataclass
+class Progress:
+    """Where a run is: all that the loop itself needs to continue."""
+
+    update: int = 0
+    seconds: float = 0.0
+    gradient_equivalents: float = 0.0
+    initial_loss: float = math.nan
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended."""
+
+    status: Status
+    reason: str
+
+
+@dataclass
+class Training:
+    """A run in the making; `Training.run` makes the updates.
+
+    Attributes:
+        problem: model, loss and data.
+        optimizer: anything that answers `StepOptimizer`.
+        sizes: mini-batches, updates, evaluations.
+        seed: gives the order of the data, the same for all optimizers.
+        work: what an update costs.
+        progress: where to begin; the loop moves it on.
+    """
+
+    problem: Problem
+    optimizer: StepOptimizer
+    sizes: Sizes
+    seed: int
+    work: Work
+    progress: Progress = field(default_factory=Progress)
+
+    def run(
+        self,
+        on_row: Callable[[Row], None],
+        on_update: Callable[[], None] = lambda: None,
+        stop_reason: Callable[[], str | None] = lambda: None,
+    ) -> Outcome:
+        """Update until the budget is used up, the loss diverges or ``stop_reason`` gives one.
+
+        Args:
+            on_row: gets one row of metrics for each evaluation.
+            on_update: called after every update and its evaluation (to write a checkpoint, say).
+            stop_reason: asked before every update.
+        """
+        progress, sizes = self.progress, self.sizes
+        if math.isnan(progress.initial_loss):  # not continued, but new
+            row = self.evaluated()
+            progress.initial_loss = float(row["train_loss"] or 0.0)
+            on_row(row)
+        while progress.update < sizes.updates:
+            if reason := stop_reason():
+                return Outcome("stopped", reason)
+            self._update()
+            if progress.update % sizes.evaluate_every == 0 or progress.update == sizes.updates:
+                row = self.evaluated()
+                on_row(row)
+                if reason := self._divergence(row):
+                    return Outcome("diverged", reason)
+            on_update()
+        return Outcome("finished", f"{sizes.updates} updates")
+
+    def evaluated(self) -> Row:
+        """One row of metrics at the current weights; the README says what each one means."""
+        progress, problem = self.progress, self.problem
+        report = self.optimizer.last_step
+        test_loss, test_accuracy = evaluate(problem, problem.test)
+        row: Row = {
+            "update": progress.update,
+            "epoch": progress.update * self.sizes.batch_size / len(problem.train[0]),
+            "seconds": progress.seconds,
+            "gradient_equivalents": progress.gradient_equivalents / len(problem.train[0]),
+            "train_loss": evaluate(problem, self._training_subset())[0],
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "gradient_norm": None if report is None else float(report.gradient_norm),
+            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+        }
+        for k in range(len(self.work.products)):
+            solved = report is not None and k < len(report.blocks)
+            row[f"cg_iterations_{k}"] = report.blocks[k].iterations if solved and report else None
+        return row
+
+    def _update(self) -> None:
+        progress, sizes = self.progress, self.sizes
+        started = time.perf_counter()
+        inputs, targets = self.problem.train
+        rows = batch_indices(progress.update, sizes.batch_size, len(inputs), self.seed)
+        rows = rows.to(inputs.device)
+        batch = inputs[rows], targets[rows]
+        few = sizes.curvature_batch_size
+        # The first rows of the shuffled mini-batch, the same for HF and block-diagonal HF.
+        curvature_batch = None if few is None else (batch[0][:few], batch[1][:few])
+        self.problem.model.train()
+        self.optimizer.step(
+            self.problem.model,
+            self.problem.criterion,
+            batch,
+            curvature_batch,
+            micro_batch=sizes.micro_batch,
+        )
+        _synchronize(inputs.device)
+        progress.seconds += time.perf_counter() - started
+        assert self.optimizer.last_step is not None
+        progress.update += 1
+        progress.gradient_equivalents += self.work.of_update(
+            self.optimizer.last_step, sizes.batch_size, few
+        )
+
+    def _training_subset(self) -> tuple[Tensor, Tensor]:
+        inputs, targets = self.problem.train
+        if self.sizes.evaluation_rows >= len(inputs):
+            return inputs, targets
+        # Drawn at random: every second row of MNIST's training set is harder than the others.
+        # The same for all runs, whatever their seed.
+        order = _permutation(len(inputs), "evaluation subset", 0)
+        rows = order[: self.sizes.evaluation_rows].to(inputs.device)
+        return inputs[rows], targets[rows]
+
+    def _divergence(self, row: Row) -> str | None:
+        loss, limit = row["train_loss"], DIVERGENCE_FACTOR * self.progress.initial_loss
+        assert loss is not None
+        if not math.isfinite(loss):
+            return f"training loss {loss} at update {row['update']}"
+        if loss > limit:
+            return (
+                f"training loss {loss:.4g} at update {row['update']}, above "
+                f"{DIVERGENCE_FACTOR:g} times the initial {self.progress.initial_loss:.4g}"
+            )
+        return None
+
+
+@torch.no_grad()
+def evaluate(problem: Problem, data: tuple[Tensor, Tensor]) -> tuple[float, float | None]:
+    """The loss over all of ``data``, and the share of hits (None where there is no accuracy)."""
+    model, criterion = problem.model, problem.criterion
+    was_training = model.training
+    model.eval()
+    loss = torch.zeros((), device=data[0].device)
+    hits = torch.zeros((), device=data[0].device)
+    for weight, (inputs, targets) in pieces(model, criterion, data, _EVALUATION_ROWS):
+        outputs = model(inputs)
+        loss += weight * criterion(outputs, targets)
+        if problem.accuracy is not None:
+            hits += problem.accuracy(outputs, targets).sum()
+    model.train(was_training)
+    accuracy = None if problem.accuracy is None else float(hits) / len(data[0])
+    return float(loss), accuracy
+
+
+def batch_indices(update: int, batch_size: int, rows: int, seed: int) -> Tensor:
+    """The rows of mini-batch number ``update``: int64 (batch_size,).
+
+    Epochs are shuffled one by one and read through without a gap, so a mini-batch may take the
+    end of one epoch and the beginning of the next. A function of its arguments alone: resuming
+    needs no state, and all optimizers see the same order at a seed.
+    """
+    start = update * batch_size
+    parts = []
+    for epoch in range(start // rows, (start + batch_size - 1) // rows + 1):
+        first = max(start - epoch * rows, 0)
+        last = min(start + batch_size - epoch * rows, rows)
+        parts.append(_permutation(rows, f"order of epoch {epoch}", seed)[first:last])
+    return torch.cat(parts)
+
+
+def stream_seed(name: str, seed: int) -> int:
+    """The seed of a random stream of its own, for everything drawn under ``name``."""
+    digest = hashlib.sha256(f"{name}, seed {seed}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1  # torch takes 63 bits
+
+
+@functools.lru_cache(maxsize=4)  # a mini-batch needs its epoch's, and at most the next one's
+def _permutation(rows: int, name: str, seed: int) -> Tensor:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(stream_seed(name, seed)))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

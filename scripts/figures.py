@@ -1,0 +1,27 @@
+"""Draw the figures from the compact table: python scripts/figures.py [SCALE]."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bdhf.figures import draw_figures
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("scale", nargs="?", default="laptop", help="paper, laptop or demo")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="the results folder")
+    arguments = parser.parse_args()
+    try:
+        paths = draw_figures(arguments.results, arguments.scale)
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+    for path in paths:
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

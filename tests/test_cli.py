@@ -1,0 +1,100 @@
+"""What a user types: commands, their messages, and what the library needs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from suite import TINY, TINY_HF
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def call(
+    script: str, *arguments: str, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        timeout=300,
+        check=False,
+    )
+
+
+def test_sweep_collect_and_figures(tmp_path: Path) -> None:
+    """The demo's way, at a tiny size: a sweep in one process, the table, the figure."""
+    results = f"results={tmp_path}"
+    sweep = call(
+        "experiments/autoencoder.py",
+        "--multirun",
+        *TINY,
+        results,
+        "optimizer=hf,bdhf",
+        "curvature_batch_size=20",
+        "optimizer.cg_max_iter=5",
+    )
+    assert sweep.returncode == 0, sweep.stderr
+    assert sweep.stdout.count("finished, 4 updates") == 2
+    assert "update 4/4" in sweep.stdout and "CG 5+5" in sweep.stdout  # plain lines: no terminal
+    assert "\x1b[" not in sweep.stdout
+    collected = call("scripts/collect.py", "demo", "--results", str(tmp_path))
+    assert collected.returncode == 0 and "2 runs" in collected.stdout
+    drawn = call("scripts/figures.py", "demo", "--results", str(tmp_path))
+    assert drawn.returncode == 0, drawn.stderr
+    for line in drawn.stdout.splitlines():
+        assert Path(line).stat().st_size > 1000
+
+
+def test_runs_from_any_folder(tmp_path: Path) -> None:
+    done = call("experiments/autoencoder.py", *TINY_HF, "updates=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["results"]  # and nothing of Hydra's
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["seed=-1"], "error: seed=-1: must be 0 or more\n"),
+        (["batch_size=9999"], "error: batch_size=9999: must be at most 1437"),
+        (["data.name=mnist", "data.root=/nowhere"], "error: MNIST is not there and cannot be"),
+        (["optimizer.lr=fast"], "optimizer.lr"),
+        (["learning_rate=1"], "learning_rate"),
+    ],
+)
+def test_errors_are_one_message_without_a_traceback(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    done = call("experiments/autoencoder.py", *TINY_HF, f"results={tmp_path}/r", *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_collect_without_runs_says_so(tmp_path: Path) -> None:
+    done = call("scripts/collect.py", "paper", "--results", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr == f"error: no finished run under {tmp_path}/runs/paper\n"
+
+
+def test_library_needs_torch_alone() -> None:
+    code = (
+        "import sys, bdhf\n"
+        "suite = {'hydra', 'omegaconf', 'matplotlib', 'rich', 'sklearn', 'torchvision', 'wandb'}\n"
+        "print(sorted(suite & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_lists_every_target() -> None:
+    done = subprocess.run(["make", "help"], capture_output=True, text=True, cwd=ROOT, check=True)
+    for target in ("setup", "demo", "test", "test-slow", "reproduce-autoencoder", "figures"):
+        assert f"make {target} " in done.stdout

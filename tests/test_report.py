@@ -1,0 +1,94 @@
+"""From run folders to the table to the figure."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from suite import EXPERIMENTS, TINY, TINY_HF, config
+
+from bdhf.experiment import run
+from bdhf.figures import draw_figures
+from bdhf.record import read_metrics
+from bdhf.report import CellKey, collect, read_curves
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three optimizers, block-diagonal HF with two seeds, and a run that is not finished."""
+    path = tmp_path_factory.mktemp("results")
+    for optimizer, seeds in (("adam", [0]), ("hf", [0]), ("bdhf", [0, 1])):
+        tiny = TINY if optimizer == "adam" else TINY_HF
+        for seed in seeds:
+            values = config("autoencoder", f"optimizer={optimizer}", *tiny, f"seed={seed}")
+            values.results = str(path)
+            run(EXPERIMENTS["autoencoder"], values)
+    unfinished = path / "runs" / "demo" / "autoencoder" / "bdhf-unfinished"
+    unfinished.mkdir()
+    (unfinished / "provenance.json").write_text(json.dumps({"status": "running"}))
+    return path
+
+
+BDHF = CellKey("autoencoder", "bdhf", 60, 20)
+
+
+def test_table_holds_every_row_of_every_ended_run_once(results: Path) -> None:
+    count, left_out = collect(results, "demo")
+    assert count == 4
+    assert len(left_out) == 1 and left_out[0].endswith("bdhf-unfinished: running")
+    with (results / "demo" / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 * 3
+    for folder in (results / "runs" / "demo" / "autoencoder").iterdir():
+        expected = [str(row["train_loss"]) for row in read_metrics(folder)]
+        assert [r["train_loss"] for r in rows if r["run"] == folder.name] == expected
+    with (results / "demo" / "runs.csv").open() as file:
+        runs = list(csv.DictReader(file))
+    assert len({run["run"] for run in runs}) == 4
+    assert all(run["status"] == "finished" and run["data_sha256"] for run in runs)
+
+
+def test_collecting_twice_changes_nothing(results: Path) -> None:
+    collect(results, "demo")
+    tables = [results / "demo" / name for name in ("curves.csv", "runs.csv")]
+    before = [table.read_bytes() for table in tables]
+    collect(results, "demo")
+    assert [table.read_bytes() for table in tables] == before
+
+
+def test_curves_come_back_by_cell_and_seed(results: Path) -> None:
+    collect(results, "demo")
+    curves = read_curves(results, "demo")
+    assert set(curves) == {
+        CellKey("autoencoder", "adam", 60, None),
+        CellKey("autoencoder", "hf", 60, 20),
+        BDHF,
+    }
+    cell = curves[BDHF]
+    assert cell.seeds == [0, 1] and cell.update.tolist() == [0, 2, 4]
+    assert cell.columns["train_loss"].shape == (2, 3)
+    assert np.isnan(cell.columns["test_accuracy"]).all()
+    (folder,) = (results / "runs" / "demo" / "autoencoder").glob("bdhf-*-seed1-*")
+    expected = [row["test_loss"] for row in read_metrics(folder)]
+    assert cell.columns["test_loss"][1].tolist() == expected
+
+
+def test_figure_is_drawn_and_redrawn_the_same(results: Path) -> None:
+    collect(results, "demo")
+    paths = draw_figures(results, "demo")
+    assert [p.name for p in paths] == ["figure1_autoencoder.png", "figure1_autoencoder.svg"]
+    svg = paths[1].read_text()
+    for label in ("Adam, mini-batch 60", "HF, mini-batch 60, curvature 20", "updates", "epochs"):
+        assert label in svg
+    assert "1 or 2 seeds" in svg
+    before = paths[1].read_bytes()
+    draw_figures(results, "demo")
+    assert paths[1].read_bytes() == before
+
+
+def test_missing_table_says_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"make collect SCALE=laptop writes it"):
+        draw_figures(tmp_path, "laptop")

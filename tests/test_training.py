@@ -1,0 +1,354 @@
+"""The loop: batches, evaluation, divergence, and runs that continue as if never stopped."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from suite import EXPERIMENTS, TINY, TINY_HF, config
+from torch import nn
+
+import bdhf.experiment
+from bdhf.experiment import run
+from bdhf.first_order import FirstOrder
+from bdhf.record import RunFolder, read_metrics
+from bdhf.training import (
+    Problem,
+    Progress,
+    Row,
+    Sizes,
+    Training,
+    batch_indices,
+    evaluate,
+    stream_seed,
+)
+from bdhf.work import Work, count_work
+
+ROOT = Path(__file__).resolve().parent.parent
+AUTOENCODER = EXPERIMENTS["autoencoder"]
+CLOCKS = ("seconds",)
+
+
+def make(tmp_path: Path, *overrides: str, optimizer: str = "bdhf") -> RunFolder:
+    tiny = TINY if optimizer == "adam" else TINY_HF
+    values = config("autoencoder", f"optimizer={optimizer}", *tiny, *overrides)
+    values.results = str(tmp_path)
+    return run(AUTOENCODER, values)
+
+
+def without_clocks(rows: list[Row]) -> list[Row]:
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
+
+
+def metrics(folder: RunFolder) -> list[Row]:
+    return without_clocks(read_metrics(folder.path))
+
+
+# Mini-batches
+
+
+def test_every_epoch_reads_every_row_once() -> None:
+    seen = torch.cat([batch_indices(u, 30, rows=100, seed=0) for u in range(10)])
+    for epoch in range(3):
+        assert sorted(seen[100 * epoch : 100 * (epoch + 1)].tolist()) == list(range(100))
+    assert seen[:100].tolist() != seen[100:200].tolist() != list(range(100))
+
+
+def test_order_is_the_same_for_all_batch_sizes_and_another_at_another_seed() -> None:
+    small = torch.cat([batch_indices(u, 10, rows=100, seed=3) for u in range(20)])
+    large = torch.cat([batch_indices(u, 50, rows=100, seed=3) for u in range(4)])
+    assert torch.equal(small, large)
+    other = torch.cat([batch_indices(u, 10, rows=100, seed=4) for u in range(20)])
+    assert not torch.equal(small, other)
+
+
+def test_random_streams_differ_by_name_and_seed() -> None:
+    names = ("initialisation", "training", "order of epoch 0")
+    seeds = [stream_seed(name, seed) for name in names for seed in range(3)]
+    assert len(set(seeds)) == 9
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+# Evaluation and divergence
+
+
+def linear_problem(rows: int = 50, accuracy: Any = None) -> Problem:
+    torch.manual_seed(0)
+    data = torch.randn(rows, 3), torch.randint(2, (rows,))
+    return Problem(nn.Linear(3, 2), nn.CrossEntropyLoss(), data, data, accuracy)
+
+
+def test_evaluation_in_pieces_is_evaluation_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = linear_problem(accuracy=lambda o, t: o.argmax(1) == t)
+    monkeypatch.setattr("bdhf.training._EVALUATION_ROWS", 7)
+    loss, accuracy = evaluate(problem, problem.train)
+    outputs = problem.model(problem.train[0])
+    expected = nn.functional.cross_entropy(outputs, problem.train[1])
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    hits = (outputs.argmax(1) == problem.train[1]).float().mean().item()
+    assert accuracy == pytest.approx(hits)
+
+
+def test_evaluation_leaves_mode_gradients_and_statistics_alone() -> None:
+    problem = linear_problem()
+    model = nn.Sequential(nn.BatchNorm1d(3), problem.model)
+    problem = Problem(model, problem.criterion, problem.train, problem.test)
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    evaluate(problem, problem.train)
+    assert model.training and model[1].weight.grad is None
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def train(problem: Problem, lr: float, updates: int = 20) -> tuple[Any, list[Row]]:
+    optimizer = FirstOrder(torch.optim.SGD(problem.model.parameters(), lr=lr))
+    rows: list[Row] = []
+    training = Training(
+        problem, optimizer, Sizes(10, None, updates, 5, 1000), seed=0, work=Work(0.0, [])
+    )
+    return training.run(rows.append), rows
+
+
+def test_loop_evaluates_at_the_start_on_the_grid_and_at_the_end() -> None:
+    outcome, rows = train(linear_problem(), lr=0.1, updates=12)
+    assert outcome.status == "finished" and outcome.reason == "12 updates"
+    assert [row["update"] for row in rows] == [0, 5, 10, 12]
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 2.4]
+    assert [row["gradient_equivalents"] for row in rows] == [0, 1, 2, 2.4]
+    losses = [row["train_loss"] for row in rows]
+    assert losses == sorted(losses, reverse=True)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize(("lr", "reason"), [(3.0, "times the initial"), (1e38, "loss nan")])
+def test_divergence_ends_the_run_as_a_result(lr: float, reason: str) -> None:
+    problem = linear_problem()
+    squared = Problem(
+        problem.model, lambda o, t: (o - t[:, None]).square().mean(), problem.train, problem.test
+    )
+    squared.criterion.reduction = "mean"  # type: ignore[attr-defined]
+    outcome, rows = train(squared, lr)
+    assert outcome.status == "diverged" and reason in outcome.reason
+    assert rows[-1]["update"] == 5
+
+
+# Work
+
+
+def test_work_is_counted_in_gradients() -> None:
+    """By hand: a layer of n inputs and m outputs has n·m multiply-adds a row and pass."""
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
+    first, second = 8 * 6, 6 * 4
+    gradient = 3 * (first + second) - first  # no gradient for the inputs
+    batch = torch.randn(2, 8), torch.randn(2, 4)
+    blocks = [list(model[0].parameters()), list(model[2].parameters())]
+    before = [p.clone() for p in model.parameters()]
+    work = count_work(model, nn.MSELoss(), batch, blocks)
+    assert work.linearization == pytest.approx(1.0)
+    assert work.products[0] == pytest.approx((2 * first + 2 * second) / gradient)
+    assert work.products[1] == pytest.approx(2 * second / gradient)
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradient_equivalents_of_a_run(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    work = json.loads((folder.path / "provenance.json").read_text())["work"]
+    rows = read_metrics(folder.path)
+    # 4 updates: 60 rows of gradient, 20 rows of curvature, 5 CG iterations for each block and,
+    # from the second update on, one product for the warm start.
+    products = sum(work["products"]) * (4 * 5 + 3)
+    expected = (4 * 60 + 20 * (4 * work["linearization"] + products)) / 1437
+    assert rows[-1]["gradient_equivalents"] == pytest.approx(expected, rel=1e-12)
+
+
+# Runs
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "hf", "bdhf"])
+def test_same_seed_twice_gives_the_same_metrics_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
+    one, other = (metrics(make(tmp_path / name, optimizer=optimizer)) for name in "ab")
+    assert one == other and [row["update"] for row in one] == [0, 2, 4]
+    another = metrics(make(tmp_path / "c", "seed=1", optimizer=optimizer))
+    assert another != one
+
+
+def test_all_optimizers_start_from_the_same_weights(tmp_path: Path) -> None:
+    starts = [metrics(make(tmp_path, optimizer=name))[0] for name in ("adam", "hf", "bdhf")]
+    assert len({(row["train_loss"], row["test_loss"]) for row in starts}) == 1
+
+
+def test_micro_batch_gives_the_same_curve_to_rounding(tmp_path: Path) -> None:
+    whole = metrics(make(tmp_path / "whole"))
+    cut = metrics(make(tmp_path / "cut", "micro_batch=7"))
+    for one, other in zip(whole, cut, strict=True):
+        assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing may catch it."""
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "bdhf"])
+@pytest.mark.parametrize("kill_at", [1, 2, 3, 5])
+def test_killed_run_continues_to_the_same_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, kill_at: int
+) -> None:
+    """Killed right after an update, with the last checkpoint one to three updates old."""
+    sizes = ("updates=6", "checkpoint_seconds=0")
+    expected = metrics(make(tmp_path / "whole", *sizes, optimizer=optimizer))
+    saves = 0
+    save = RunFolder.save_checkpoint
+
+    def every_other(folder: RunFolder, checkpoint: dict[str, Any]) -> None:
+        nonlocal saves
+        saves += 1
+        if saves % 2:
+            save(folder, checkpoint)
+
+    updates = 0
+    original = Training._update
+
+    def killed(training: Training) -> None:
+        nonlocal updates
+        original(training)
+        updates += 1
+        if updates == kill_at:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_checkpoint", every_other)
+        patch.setattr(Training, "_update", killed)
+        with pytest.raises(Killed):
+            make(tmp_path / "cut", *sizes, optimizer=optimizer)
+    folder = make(tmp_path / "cut", *sizes, optimizer=optimizer)
+    assert folder.status == "finished"
+    assert metrics(folder) == expected
+
+
+def test_finished_run_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make(tmp_path)
+    before = {p.name: p.stat().st_mtime_ns for p in folder.path.iterdir()}
+    assert make(tmp_path).status == "finished"
+    assert {p.name: p.stat().st_mtime_ns for p in folder.path.iterdir()} == before
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_larger_budget_continues_the_folder(tmp_path: Path) -> None:
+    expected = metrics(make(tmp_path / "whole", "updates=7"))
+    make(tmp_path / "grown", "updates=3")  # evaluated off the grid, at 3
+    folder = make(tmp_path / "grown", "updates=7")
+    assert metrics(folder) == expected
+    provenance = json.loads((folder.path / "provenance.json").read_text())
+    assert len(provenance["sessions"]) == 2 and provenance["updates"] == 7
+
+
+def test_folder_of_a_run(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    relative = folder.path.relative_to(tmp_path)
+    assert relative.parts[:3] == ("runs", "demo", "autoencoder")
+    assert relative.name.startswith("bdhf-b60-c20-seed0-") and len(relative.name) == 19 + 8
+    names = {p.name for p in folder.path.iterdir()}
+    assert names == {"config.yaml", "metrics.csv", "provenance.json", "checkpoint.pt"}
+    provenance = json.loads((folder.path / "provenance.json").read_text())
+    assert provenance["status"] == "finished" and provenance["reason"] == "4 updates"
+    assert provenance["data"]["sha256"] and provenance["torch"] == torch.__version__
+    assert provenance["device"] == "cpu" and provenance["threads"] == torch.get_num_threads()
+    assert provenance["full_train_loss"] > 0 and provenance["peak_memory_mib"] > 1
+    with (folder.path / "metrics.csv").open() as file:
+        header = next(csv.reader(file))
+    assert header == [
+        "update",
+        "epoch",
+        "seconds",
+        "gradient_equivalents",
+        "train_loss",
+        "test_loss",
+        "test_accuracy",
+        "gradient_norm",
+        "learning_rate",
+        "cg_iterations_0",
+        "cg_iterations_1",
+    ]
+
+
+def test_failed_run_says_why_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_update", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(tmp_path)
+    (path,) = (tmp_path / "runs" / "demo" / "autoencoder").iterdir()
+    provenance = json.loads((path / "provenance.json").read_text())
+    assert provenance["status"] == "failed"
+    assert provenance["reason"] == "ZeroDivisionError: division by zero"
+    assert "ZeroDivisionError" in (path / "error.log").read_text()
+    assert make(tmp_path).status == "finished"
+    assert not (path / "error.log").exists()
+
+
+def test_diverged_run_is_a_result_and_is_not_repeated(tmp_path: Path) -> None:
+    folder = make(tmp_path, "optimizer.lr=1e6", optimizer="adam")
+    assert folder.status == "diverged"
+    rows = read_metrics(folder.path)
+    assert make(tmp_path, "optimizer.lr=1e6", optimizer="adam").status == "diverged"
+    assert read_metrics(folder.path) == rows
+
+
+def test_time_limit_stops_with_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = metrics(make(tmp_path / "whole"))
+    now = time.monotonic()
+    monkeypatch.setattr(bdhf.experiment, "_PROCESS_START", now - 100)
+    with pytest.raises(SystemExit) as stopped:
+        make(tmp_path / "cut", "time_limit=50")
+    assert stopped.value.code == 0
+    assert "Repeat the command to continue." in capsys.readouterr().out
+    assert metrics(make(tmp_path / "cut")) == expected
+
+
+def test_checkpoints_hold_nothing_but_data(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    checkpoint = torch.load(folder.path / "checkpoint.pt", weights_only=True)
+    assert Progress(**checkpoint["progress"]).update == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_signal_stops_after_the_update_and_the_command_continues(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "experiments" / "autoencoder.py"),
+        *TINY_HF,
+        f"results={tmp_path}",
+        "threads=1",
+    ]
+    with subprocess.Popen(
+        [*command, "updates=100000"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "update 4/" in line:
+                process.send_signal(number)
+                break
+        rest = process.stdout.read()
+        assert process.wait(60) == 128 + number
+    assert f"stopped, signal {number.name}" in rest
+    (path,) = (tmp_path / "runs" / "demo" / "autoencoder").iterdir()
+    reached = torch.load(path / "checkpoint.pt", weights_only=True)["progress"]["update"]
+    done = subprocess.run(
+        [*command, f"updates={reached + 3}"], capture_output=True, text=True, check=True
+    )
+    assert f"finished, {reached + 3} updates" in done.stdout
+    updates = [row["update"] for row in read_metrics(path)]
+    assert updates == sorted(set(updates)) and updates[-1] == reached + 3
