@@ -1,6 +1,7 @@
 # bdhf: every target sets up what it needs. `make help` lists them.
 
 SCALE  ?= laptop
+SEEDS  ?=
 PYTHON ?= python3
 VENV   ?= .venv
 
@@ -15,6 +16,7 @@ help: ## list the targets
 	  | awk -F '\t' '{ printf "  make %-24s %s\n", $$1, $$2 }'
 	@echo
 	@echo "  SCALE=paper|laptop|demo picks all sizes at once (default: laptop);"
+	@echo "  SEEDS=0,1 makes these seeds only (default: all of the scale's);"
 	@echo "  BDHF_DATA=FOLDER names a folder with data sets (default: data, filled by download)."
 
 setup: $(READY) ## a virtual environment with pinned versions in .venv
@@ -32,7 +34,7 @@ demo: $(READY) ## three optimizers on a small autoencoder, in seconds and withou
 	@$(MAKE) --no-print-directory collect figures SCALE=demo
 
 reproduce-autoencoder: $(READY) ## figure 1: every cell of the autoencoder experiment at SCALE
-	$(RUN) experiments/autoencoder.py --multirun scale=$(SCALE)
+	$(RUN) experiments/autoencoder.py --multirun scale=$(SCALE) $(addprefix seed=,$(SEEDS))
 	@$(MAKE) --no-print-directory collect figures
 
 collect: $(READY) ## merge run folders into results/SCALE/curves.csv

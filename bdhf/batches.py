@@ -157,13 +157,14 @@ def loss_and_gradient(
         args, kwargs = call_arguments(inputs)
         with torch.enable_grad():
             loss = weight * checked_loss(criterion(model(*args, **kwargs), targets))
-        found = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        slopes = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        found = [slope.detach() for slope in slopes]  # torch 2.9's zeros require a gradient
         loss = loss.detach()
         if total is None:
-            total, gradients = loss, list(found)
+            total, gradients = loss, found
         else:
             total = total + loss
-            torch._foreach_add_(gradients, list(found))
+            torch._foreach_add_(gradients, found)
     assert total is not None
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient

@@ -81,12 +81,13 @@ def ggn_vector_product(
             pairs = map(forward_ad.unpack_dual, differentiable_leaves(network(duals)))
             output_tangents = [torch.zeros_like(p) if t is None else t for p, t in pairs]
         leaves = [p.detach().requires_grad_() for p in trainable]
-        outputs = network(leaves)
+        with torch.enable_grad():
+            outputs = network(leaves)
         cotangents = output_hessian_by_autograd(criterion, outputs, targets)(output_tangents)
         return _pulled_back(differentiable_leaves(outputs), cotangents, leaves)
 
     result = {p: torch.zeros_like(p) for p in trainable}
-    with torch.enable_grad(), _plain_precision(trainable):
+    with torch.no_grad(), _plain_precision(trainable):
         for block in [trainable] if blocks is None else blocks:
             inside = set(block)
             if not inside <= result.keys():
@@ -251,9 +252,8 @@ def _pulled_back(
     if not pairs:
         return [torch.zeros_like(leaf) for leaf in leaves]
     reached, seeds = zip(*pairs, strict=True)
-    return list(
-        torch.autograd.grad(reached, leaves, seeds, retain_graph=True, materialize_grads=True)
-    )
+    pulled = torch.autograd.grad(reached, leaves, seeds, retain_graph=True, materialize_grads=True)
+    return [piece.detach() for piece in pulled]  # torch 2.9's zeros require a gradient
 
 
 def flattened(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -257,7 +257,8 @@ def dense_ggn(case: Case, mask_seed: int) -> Tensor:
         return torch.cat([slope.reshape(-1) for slope in slopes])
 
     jacobian = torch.stack([row(output) for output in flat])
-    return jacobian.T @ torch.autograd.functional.hessian(loss, flat.detach()) @ jacobian
+    matrix = jacobian.T @ torch.autograd.functional.hessian(loss, flat.detach()) @ jacobian
+    return matrix.detach()  # torch 2.9 materializes zeros that require a gradient
 
 
 def block_diagonal(matrix: Tensor, case: Case) -> Tensor:
