@@ -7,9 +7,14 @@ VENV   ?= .venv
 
 RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.ready
+# Every cell of an experiment at SCALE; what is finished is skipped, so repeating it resumes.
+SWEEP   = $(RUN) experiments/$(1).py --multirun scale=$(SCALE) $(addprefix seed=,$(SEEDS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint reproduce-autoencoder collect figures clean
+EXPERIMENTS := autoencoder lstm resnet
+
+.PHONY: help setup demo test test-slow reproduce-all collect figures clean
+.PHONY: $(addprefix reproduce-,$(EXPERIMENTS))
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' \
@@ -29,12 +34,18 @@ $(READY): pyproject.toml constraints.txt
 	  --editable '.[suite,dev]'
 	@touch $@
 
-demo: $(READY) ## three optimizers on a small autoencoder, in seconds and without a download
-	$(RUN) experiments/autoencoder.py --multirun scale=demo
-	@$(MAKE) --no-print-directory collect figures SCALE=demo
+demo: $(READY) ## all experiments and optimizers, small: two to three minutes, nothing to download
+	@$(MAKE) --no-print-directory reproduce-all SCALE=demo
 
-reproduce-autoencoder: $(READY) ## figure 1: every cell of the autoencoder experiment at SCALE
-	$(RUN) experiments/autoencoder.py --multirun scale=$(SCALE) $(addprefix seed=,$(SEEDS))
+reproduce-all: $(READY) ## every figure: every cell of every experiment at SCALE
+	for experiment in $(EXPERIMENTS); do $(call SWEEP,$$experiment) || exit; done
+	@$(MAKE) --no-print-directory collect figures
+
+reproduce-autoencoder: ## figure 1
+reproduce-lstm: ## figure 2
+reproduce-resnet: ## figure 3
+$(addprefix reproduce-,$(EXPERIMENTS)): reproduce-%: $(READY)
+	$(call SWEEP,$*)
 	@$(MAKE) --no-print-directory collect figures
 
 collect: $(READY) ## merge run folders into results/SCALE/curves.csv

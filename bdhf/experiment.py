@@ -16,7 +16,7 @@ from typing import Any
 import hydra
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 
 from bdhf.batches import Criterion
 from bdhf.blocks import ParamGroup
@@ -31,7 +31,7 @@ from bdhf.config import (
     register,
 )
 from bdhf.curvature import RandomState
-from bdhf.data import DataError, Images, load
+from bdhf.data import Data, DataError, Images, load
 from bdhf.first_order import FirstOrder
 from bdhf.optimizer import BlockDiagonalHF
 from bdhf.progress import ProgressDisplay
@@ -45,10 +45,14 @@ from bdhf.training import (
     Sizes,
     StepOptimizer,
     Training,
+    correct,
     evaluate,
+    polyak_average,
     stream_seed,
 )
 from bdhf.work import count_work
+
+__all__ = ["CONFIGS", "Experiment", "correct", "main", "make_optimizer", "run"]
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 _PROCESS_START = time.monotonic()
@@ -67,9 +71,10 @@ class Experiment:
         network: builds the network from such settings, drawing from torch's random stream.
         blocks: splits the network's parameters for block-diagonal HF.
         criterion: the loss, called as ``criterion(outputs, targets)``.
-        prepare: maps images (rows, height, width), from 0 to 1, and labels to the network's
-            inputs and targets.
+        prepare: maps images and the network's settings to training and test data, each the
+            network's inputs and the loss's targets.
         accuracy: maps outputs and targets to hits; None where the experiment has no accuracy.
+        average_weights: whether an average of the weights is evaluated beside the weights.
     """
 
     name: str
@@ -77,8 +82,9 @@ class Experiment:
     network: Callable[[Any], nn.Module]
     blocks: Callable[[Any], list[ParamGroup]]
     criterion: Criterion
-    prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    prepare: Callable[[Images, Any], tuple[Data, Data]]
     accuracy: Accuracy | None = None
+    average_weights: bool = False
 
 
 def main(experiment: Experiment) -> None:
@@ -111,7 +117,7 @@ def run(experiment: Experiment, config: Config) -> RunFolder:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     images = load(config.data.name, config.data.root)
-    check_against_data(config, len(images.train_images))
+    check_against_data(config, len(images.train[0]))
     training = _set_up(experiment, config, images)
     folder.begin(config, _facts(config, images, training))
     with folder.failures_recorded():
@@ -132,17 +138,11 @@ def _set_up(experiment: Experiment, config: Config, images: Images) -> Training:
     model = experiment.network(config.network).to(device)
     torch.manual_seed(stream_seed("training", config.seed))
 
-    def prepared(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        inputs, targets = experiment.prepare(images, labels)
-        return inputs.to(device), targets.to(device)
-
-    problem = Problem(
-        model,
-        experiment.criterion,
-        train=prepared(images.train_images, images.train_labels),
-        test=prepared(images.test_images, images.test_labels),
-        accuracy=experiment.accuracy,
+    train, test = (
+        (inputs.to(device), targets.to(device))
+        for inputs, targets in experiment.prepare(images, config.network)
     )
+    problem = Problem(model, experiment.criterion, train, test, experiment.accuracy)
     blocks, optimizer = make_optimizer(config.optimizer, model, experiment.blocks)
     sample = problem.train[0][:_COUNTED_ROWS], problem.train[1][:_COUNTED_ROWS]
     work = count_work(model, problem.criterion, sample, [block["params"] for block in blocks])
@@ -154,7 +154,8 @@ def _set_up(experiment: Experiment, config: Config, images: Images) -> Training:
         config.evaluation_rows,
         config.micro_batch,
     )
-    return Training(problem, optimizer, sizes, config.seed, work)
+    averaged = polyak_average(model) if experiment.average_weights else None
+    return Training(problem, optimizer, sizes, config.seed, work, averaged)
 
 
 def make_optimizer(
@@ -194,6 +195,8 @@ def _restore(folder: RunFolder, training: Training) -> None:
         return
     training.problem.model.load_state_dict(checkpoint["model"])
     training.optimizer.load_state_dict(checkpoint["optimizer"])
+    if training.averaged is not None:
+        training.averaged.load_state_dict(checkpoint["averaged"])
     training.progress = Progress(**checkpoint["progress"])
     torch.set_rng_state(checkpoint["random_state"])
     if checkpoint["cuda_random_state"] is not None and torch.cuda.is_available():
@@ -207,6 +210,7 @@ def _checkpoint(training: Training) -> dict[str, Any]:
     return {
         "model": training.problem.model.state_dict(),
         "optimizer": training.optimizer.state_dict(),
+        "averaged": None if training.averaged is None else training.averaged.state_dict(),
         "progress": asdict(training.progress),
         "random_state": random_state.cpu,
         "cuda_random_state": random_state.of_device,
@@ -253,7 +257,7 @@ def _close(folder: RunFolder, training: Training, outcome: Outcome) -> None:
     facts: dict[str, Any] = {}
     if outcome.status == "finished":
         problem = training.problem
-        loss, accuracy = evaluate(problem, problem.train)
+        loss, accuracy = evaluate(problem, problem.model, problem.train)
         facts = {"full_train_loss": loss, "full_train_accuracy": accuracy}
     folder.end(outcome.status, outcome.reason, training.progress.update, **facts)
 

@@ -27,6 +27,19 @@ FIGURES: dict[str, tuple[int, str, dict[str, str]]] = {
             "test_loss": "test error (squared, per image)",
         },
     ),
+    "lstm": (
+        2,
+        "Peephole LSTM",
+        {"train_loss": "training loss", "test_accuracy": "test accuracy"},
+    ),
+    "resnet": (
+        3,
+        "ResNet without batch normalisation",
+        {
+            "train_loss": "training loss",
+            "averaged_test_accuracy": "test accuracy (averaged weights)",
+        },
+    ),
 }
 
 
@@ -56,7 +69,8 @@ def _draw(
                 for key in sorted(cells, key=_order):
                     _plot(axis, cells[key], x, metric, key, _style_number(key, cells))
                 axis.set_xscale("log")
-                axis.set_yscale("log")
+                if metric.endswith("loss"):
+                    axis.set_yscale("log")
                 axis.grid(True, which="both", alpha=0.2)
         axes[-1][0].set_xlabel("updates")
         axes[-1][1].set_xlabel("epochs (passes over the training set for gradients)")

@@ -16,8 +16,10 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from bdhf.batches import Batch, Criterion, pieces
+from bdhf.data import Data
 from bdhf.optimizer import StepReport
 from bdhf.work import Work
 
@@ -30,6 +32,9 @@ DIVERGENCE_FACTOR = 10.0
 Row = dict[str, float | int | None]
 Status = Literal["finished", "diverged", "stopped"]
 Accuracy = Callable[[Any, Tensor], Tensor]
+
+#: The averaged weights' decay is this, but less at first (see `polyak_average`).
+POLYAK_DECAY = 0.99
 
 
 class StepOptimizer(Protocol):
@@ -80,8 +85,8 @@ class Problem:
 
     model: nn.Module
     criterion: Criterion
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
+    train: Data
+    test: Data
     accuracy: Accuracy | None = None
 
 
@@ -113,6 +118,7 @@ class Training:
         sizes: mini-batches, updates, evaluations.
         seed: gives the order of the data, the same for all optimizers.
         work: what an update costs.
+        averaged: an average of the weights, moved on after every update; None: no average.
         progress: where to begin; the loop moves it on.
     """
 
@@ -121,6 +127,7 @@ class Training:
     sizes: Sizes
     seed: int
     work: Work
+    averaged: AveragedModel | None = None
     progress: Progress = field(default_factory=Progress)
 
     def run(
@@ -157,18 +164,21 @@ class Training:
         """One row of metrics at the current weights; the README says what each one means."""
         progress, problem = self.progress, self.problem
         report = self.optimizer.last_step
-        test_loss, test_accuracy = evaluate(problem, problem.test)
+        test_loss, test_accuracy = evaluate(problem, problem.model, problem.test)
         row: Row = {
             "update": progress.update,
             "epoch": progress.update * self.sizes.batch_size / len(problem.train[0]),
             "seconds": progress.seconds,
             "gradient_equivalents": progress.gradient_equivalents / len(problem.train[0]),
-            "train_loss": evaluate(problem, self._training_subset())[0],
+            "train_loss": evaluate(problem, problem.model, self._training_subset())[0],
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
             "gradient_norm": None if report is None else float(report.gradient_norm),
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
         }
+        if self.averaged is not None:
+            loss, accuracy = evaluate(problem, self.averaged, problem.test)
+            row |= {"averaged_test_loss": loss, "averaged_test_accuracy": accuracy}
         for k in range(len(self.work.products)):
             solved = report is not None and k < len(report.blocks)
             row[f"cg_iterations_{k}"] = report.blocks[k].iterations if solved and report else None
@@ -192,6 +202,8 @@ class Training:
             curvature_batch,
             micro_batch=sizes.micro_batch,
         )
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.problem.model)
         _synchronize(inputs.device)
         progress.seconds += time.perf_counter() - started
         assert self.optimizer.last_step is not None
@@ -200,7 +212,7 @@ class Training:
             self.optimizer.last_step, sizes.batch_size, few
         )
 
-    def _training_subset(self) -> tuple[Tensor, Tensor]:
+    def _training_subset(self) -> Data:
         inputs, targets = self.problem.train
         if self.sizes.evaluation_rows >= len(inputs):
             return inputs, targets
@@ -224,21 +236,42 @@ class Training:
 
 
 @torch.no_grad()
-def evaluate(problem: Problem, data: tuple[Tensor, Tensor]) -> tuple[float, float | None]:
-    """The loss over all of ``data``, and the share of hits (None where there is no accuracy)."""
-    model, criterion = problem.model, problem.criterion
+def evaluate(problem: Problem, model: nn.Module, data: Data) -> tuple[float, float | None]:
+    """The loss over all of ``data``, and the share of hits (None where there is no accuracy).
+
+    ``model`` is the problem's, or one that averages its weights.
+    """
     was_training = model.training
     model.eval()
     loss = torch.zeros((), device=data[0].device)
     hits = torch.zeros((), device=data[0].device)
-    for weight, (inputs, targets) in pieces(model, criterion, data, _EVALUATION_ROWS):
+    for weight, (inputs, targets) in pieces(model, problem.criterion, data, _EVALUATION_ROWS):
         outputs = model(inputs)
-        loss += weight * criterion(outputs, targets)
+        loss += weight * problem.criterion(outputs, targets)
         if problem.accuracy is not None:
             hits += problem.accuracy(outputs, targets).sum()
     model.train(was_training)
     accuracy = None if problem.accuracy is None else float(hits) / len(data[0])
     return float(loss), accuracy
+
+
+def correct(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Whether the class with the highest score is the right one: bool (batch,)."""
+    return outputs.argmax(1) == labels
+
+
+def polyak_average(model: nn.Module) -> AveragedModel:
+    """An exponential average of the weights, by torch's own `AveragedModel`.
+
+    After t updates the decay is ``min(0.99, (1 + t) / (10 + t))``: runs are short, and the
+    start should be forgotten (ours; the paper says "Polyak averaging" and no more).
+    """
+
+    def mixed(average: Tensor, weight: Tensor, count: Tensor | int) -> Tensor:
+        decay = min(POLYAK_DECAY, (1 + int(count)) / (10 + int(count)))
+        return torch.lerp(weight, average, decay)
+
+    return AveragedModel(model, avg_fn=mixed)
 
 
 def batch_indices(update: int, batch_size: int, rows: int, seed: int) -> Tensor:

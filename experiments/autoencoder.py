@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bdhf import blocks_from_modules
 from bdhf.blocks import ParamGroup
+from bdhf.data import Data, Images
 from bdhf.experiment import Experiment, main
 
 
@@ -65,10 +66,10 @@ def blocks(model: Autoencoder) -> list[ParamGroup]:
     return blocks_from_modules(model.encoder, model.decoder)
 
 
-def prepare(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def prepare(images: Images, settings: Settings) -> tuple[Data, Data]:
     """Images are their own targets."""
-    pixels = images.flatten(1)
-    return pixels, pixels
+    train, test = images.train[0].flatten(1), images.test[0].flatten(1)
+    return (train, train), (test, test)
 
 
 EXPERIMENT = Experiment(

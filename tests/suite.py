@@ -7,25 +7,37 @@ import os
 from pathlib import Path
 
 import autoencoder
+import lstm
 import numpy as np
 import pytest
+import resnet
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from bdhf.config import Config, checked, register
 from bdhf.experiment import CONFIGS, Experiment
 
-EXPERIMENTS: dict[str, Experiment] = {"autoencoder": autoencoder.EXPERIMENT}
+EXPERIMENTS: dict[str, Experiment] = {
+    module.EXPERIMENT.name: module.EXPERIMENT for module in (autoencoder, lstm, resnet)
+}
 
-#: Small enough for a run in a second.
-TINY = (
-    "scale=demo",
-    "network.widths=[64,12,6]",
-    "updates=4",
-    "evaluate_every=2",
-    "batch_size=60",
-)
-TINY_HF = (*TINY, "curvature_batch_size=20", "optimizer.cg_max_iter=5")
+_SMALL = {
+    "autoencoder": ("network.widths=[64,12,6]",),
+    "lstm": ("network.units=4", "network.layers=2"),
+    "resnet": ("network.channels=[2,4]",),
+}
+_FEW = ("scale=demo", "updates=4", "evaluate_every=2", "batch_size=60")
+_HF = ("curvature_batch_size=20", "optimizer.cg_max_iter=5")
+
+#: Overrides for the autoencoder, small enough for a run in a second: Adam's, and HF's.
+TINY = (*_FEW, *_SMALL["autoencoder"])
+TINY_HF = (*TINY, *_HF)
+
+
+def tiny(experiment: str, optimizer: str, *overrides: str) -> Config:
+    """A run of a second of any experiment with any optimizer."""
+    sizes = (*_FEW, *_SMALL[experiment], *(() if optimizer == "adam" else _HF))
+    return config(experiment, *sizes, f"optimizer={optimizer}", *overrides)
 
 
 def composed(experiment: str, *overrides: str) -> DictConfig:
@@ -38,11 +50,12 @@ def config(experiment: str, *overrides: str) -> Config:
     return checked(composed(experiment, *overrides))
 
 
-def mnist_folder() -> str:
-    """Where real MNIST lies; the test is skipped where it does not."""
+def data_folder(*needed: str) -> str:
+    """Where real data lies; the test is skipped where one of ``needed`` does not."""
     folder = os.environ.get("BDHF_DATA", "")
-    if not (Path(folder) / "mnist").is_dir():
-        pytest.skip("BDHF_DATA names no folder with real MNIST")
+    for pattern in needed:
+        if not folder or not list(Path(folder).glob(pattern)):
+            pytest.skip(f"BDHF_DATA={folder or 'not set'}: no folder with {pattern}")
     return folder
 
 

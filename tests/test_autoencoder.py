@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from autoencoder import EXPERIMENT, Autoencoder, ReconstructionError, blocks, prepare
+from autoencoder import EXPERIMENT, Autoencoder, ReconstructionError, Settings, blocks, prepare
 from suite import config
 from torch import nn
+
+from bdhf.data import Images
 
 
 def test_network_is_the_papers() -> None:
@@ -52,7 +54,9 @@ def test_loss_is_summed_over_pixels_and_averaged_over_images() -> None:
 
 
 def test_images_are_their_own_targets() -> None:
-    images = torch.rand(5, 4, 4)
-    inputs, targets = prepare(images, torch.zeros(5))
-    assert torch.equal(inputs, images.view(5, 16)) and torch.equal(targets, inputs)
+    pixels = torch.rand(5, 1, 4, 4)
+    images = Images((pixels, torch.zeros(5)), (pixels[:2], torch.zeros(2)), "", "")
+    (inputs, targets), (test_inputs, _) = prepare(images, Settings([16]))
+    assert torch.equal(inputs, pixels.view(5, 16)) and torch.equal(targets, inputs)
+    assert torch.equal(test_inputs, inputs[:2])
     assert EXPERIMENT.accuracy is None

@@ -62,7 +62,7 @@ def test_runs_from_any_folder(tmp_path: Path) -> None:
     [
         (["seed=-1"], "error: seed=-1: must be 0 or more\n"),
         (["batch_size=9999"], "error: batch_size=9999: must be at most 1437"),
-        (["data.name=mnist", "data.root=/nowhere"], "error: MNIST is not there and cannot be"),
+        (["data.name=svhn"], "error: data.name=svhn: must be one of cifar10, digits, mnist\n"),
         (["optimizer.lr=fast"], "optimizer.lr"),
         (["learning_rate=1"], "learning_rate"),
     ],

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from suite import EXPERIMENTS, TINY, TINY_HF, composed, config
 
 from bdhf.config import ConfigError, check_against_data, checked, config_hash, settings_of
+from bdhf.data import Images
 from bdhf.experiment import CONFIGS, make_optimizer, run
 
 SCALES = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml"))
@@ -32,7 +33,7 @@ SHIPPED = [
 def test_there_is_something_shipped() -> None:
     assert SCALES == ["demo", "laptop", "paper"]
     assert OPTIMIZERS == ["adam", "bdhf", "hf"]
-    assert len(SHIPPED) == 3 * (1 + 2 + 3)
+    assert len(SHIPPED) == 3 * 3 * (1 + 2 + 3)
 
 
 @pytest.mark.parametrize(("experiment", "scale", "optimizer", "cell"), SHIPPED)
@@ -44,33 +45,38 @@ def test_every_shipped_config_composes_and_steps(
     torch.manual_seed(0)
     model = parts.network(values.network)
     _, stepper = make_optimizer(values.optimizer, model, parts.blocks)
-    height, width = {"mnist": (28, 28), "digits": (8, 8)}[values.data.name]
-    images, labels = torch.rand(4, height, width), torch.randint(10, (4,))
-    inputs, targets = parts.prepare(images, labels)
+    shape = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "digits": (1, 8, 8)}[values.data.name]
+    data = torch.rand(4, *shape), torch.randint(10, (4,))
+    (inputs, targets), _ = parts.prepare(Images(data, data, "", ""), values.network)
     before = [p.clone() for p in model.parameters()]
     loss = stepper.step(model, parts.criterion, (inputs, targets), (inputs[:2], targets[:2]))
     assert loss is not None and torch.isfinite(loss)
     assert not any(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
 
 
-def test_paper_scale_is_the_table_in_its_source() -> None:
+@pytest.mark.parametrize(
+    ("experiment", "batch", "updates", "damping", "cap"),
+    [
+        ("autoencoder", 6000, 20_000, 0.0, 30),
+        ("lstm", 6000, 20_000, 0.01, 100),
+        ("resnet", 5000, 10_000, 0.1, 30),
+    ],
+)
+def test_paper_scale_is_the_table_in_its_source(
+    experiment: str, batch: int, updates: int, damping: float, cap: int
+) -> None:
     """Sizes that stand for the paper's: mini-batch; curvature an eighth, a quarter, a half."""
-    rows = composed("autoencoder", "scale=paper").cells
-    expected = [(6000, 750, 300), (6000, 1500, 300), (6000, 3000, 300)]
-    for optimizer in ("hf", "bdhf"):
-        found = [(r.batch_size, r.curvature_batch_size, r.updates) for r in rows[optimizer]]
-        assert found == expected
+    rows = composed(experiment, "scale=paper").cells
+    expected = [(batch, batch // part, 300) for part in (8, 4, 2)]
+    for name in ("hf", "bdhf"):
+        assert [(r.batch_size, r.curvature_batch_size, r.updates) for r in rows[name]] == expected
     assert [(r.batch_size, r.updates) for r in rows.adam] == [
-        (125, 20000),
-        (1000, 20000),
-        (6000, 20000),
+        (size, updates) for size in (125, 1000, batch)
     ]
-    values = config("autoencoder", "scale=paper", "optimizer=bdhf")
-    assert values.network.widths == [784, 1000, 500, 250, 30]
-    optimizer = values.optimizer
-    assert (optimizer.lr, optimizer.damping, optimizer.cg_max_iter) == (0.1, 0.0, 30)
+    optimizer = config(experiment, "scale=paper", "optimizer=bdhf").optimizer
+    assert (optimizer.lr, optimizer.damping, optimizer.cg_max_iter) == (0.1, damping, cap)
     assert (optimizer.cg_tol, optimizer.cg_momentum) == (5e-4, 0.95)
-    adam = config("autoencoder", "scale=paper", "optimizer=adam").optimizer
+    adam = config(experiment, "scale=paper", "optimizer=adam").optimizer
     assert (adam.lr, *adam.betas, adam.eps) == (0.001, 0.9, 0.999, 1e-8)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from suite import EXPERIMENTS, TINY, TINY_HF, config
+from suite import EXPERIMENTS, tiny
 
 from bdhf.experiment import run
 from bdhf.figures import draw_figures
@@ -21,9 +21,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three optimizers, block-diagonal HF with two seeds, and a run that is not finished."""
     path = tmp_path_factory.mktemp("results")
     for optimizer, seeds in (("adam", [0]), ("hf", [0]), ("bdhf", [0, 1])):
-        tiny = TINY if optimizer == "adam" else TINY_HF
         for seed in seeds:
-            values = config("autoencoder", f"optimizer={optimizer}", *tiny, f"seed={seed}")
+            values = tiny("autoencoder", optimizer, f"seed={seed}")
             values.results = str(path)
             run(EXPERIMENTS["autoencoder"], values)
     unfinished = path / "runs" / "demo" / "autoencoder" / "bdhf-unfinished"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from suite import EXPERIMENTS, TINY, TINY_HF, config
+from suite import EXPERIMENTS, TINY_HF, tiny
 from torch import nn
 
 import bdhf.experiment
@@ -33,15 +33,15 @@ from bdhf.training import (
 from bdhf.work import Work, count_work
 
 ROOT = Path(__file__).resolve().parent.parent
-AUTOENCODER = EXPERIMENTS["autoencoder"]
 CLOCKS = ("seconds",)
 
 
-def make(tmp_path: Path, *overrides: str, optimizer: str = "bdhf") -> RunFolder:
-    tiny = TINY if optimizer == "adam" else TINY_HF
-    values = config("autoencoder", f"optimizer={optimizer}", *tiny, *overrides)
+def make(
+    tmp_path: Path, *overrides: str, experiment: str = "autoencoder", optimizer: str = "bdhf"
+) -> RunFolder:
+    values = tiny(experiment, optimizer, *overrides)
     values.results = str(tmp_path)
-    return run(AUTOENCODER, values)
+    return run(EXPERIMENTS[experiment], values)
 
 
 def without_clocks(rows: list[Row]) -> list[Row]:
@@ -89,7 +89,7 @@ def linear_problem(rows: int = 50, accuracy: Any = None) -> Problem:
 def test_evaluation_in_pieces_is_evaluation_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = linear_problem(accuracy=lambda o, t: o.argmax(1) == t)
     monkeypatch.setattr("bdhf.training._EVALUATION_ROWS", 7)
-    loss, accuracy = evaluate(problem, problem.train)
+    loss, accuracy = evaluate(problem, problem.model, problem.train)
     outputs = problem.model(problem.train[0])
     expected = nn.functional.cross_entropy(outputs, problem.train[1])
     assert loss == pytest.approx(expected.item(), rel=1e-5)
@@ -103,7 +103,7 @@ def test_evaluation_leaves_mode_gradients_and_statistics_alone() -> None:
     problem = Problem(model, problem.criterion, problem.train, problem.test)
     model.train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    evaluate(problem, problem.train)
+    evaluate(problem, model, problem.train)
     assert model.training and model[1].weight.grad is None
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -172,16 +172,22 @@ def test_gradient_equivalents_of_a_run(tmp_path: Path) -> None:
 # Runs
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("optimizer", ["adam", "hf", "bdhf"])
-def test_same_seed_twice_gives_the_same_metrics_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
-    one, other = (metrics(make(tmp_path / name, optimizer=optimizer)) for name in "ab")
+def test_same_seed_twice_gives_the_same_metrics_bit_for_bit(
+    tmp_path: Path, experiment: str, optimizer: str
+) -> None:
+    kind = {"experiment": experiment, "optimizer": optimizer}
+    one, other = (metrics(make(tmp_path / name, **kind)) for name in "ab")
     assert one == other and [row["update"] for row in one] == [0, 2, 4]
-    another = metrics(make(tmp_path / "c", "seed=1", optimizer=optimizer))
+    another = metrics(make(tmp_path / "c", "seed=1", **kind))
     assert another != one
 
 
-def test_all_optimizers_start_from_the_same_weights(tmp_path: Path) -> None:
-    starts = [metrics(make(tmp_path, optimizer=name))[0] for name in ("adam", "hf", "bdhf")]
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_all_optimizers_start_from_the_same_weights(tmp_path: Path, experiment: str) -> None:
+    names = ("adam", "hf", "bdhf")
+    starts = [metrics(make(tmp_path, experiment=experiment, optimizer=n))[0] for n in names]
     assert len({(row["train_loss"], row["test_loss"]) for row in starts}) == 1
 
 
@@ -196,14 +202,22 @@ class Killed(BaseException):
     """Stands for a SIGKILL: nothing may catch it."""
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "bdhf"])
+@pytest.mark.parametrize(
+    ("experiment", "optimizer"),
+    [("autoencoder", "adam"), ("autoencoder", "bdhf"), ("lstm", "hf"), ("resnet", "bdhf")],
+)
 @pytest.mark.parametrize("kill_at", [1, 2, 3, 5])
 def test_killed_run_continues_to_the_same_metrics(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, kill_at: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    experiment: str,
+    optimizer: str,
+    kill_at: int,
 ) -> None:
     """Killed right after an update, with the last checkpoint one to three updates old."""
     sizes = ("updates=6", "checkpoint_seconds=0")
-    expected = metrics(make(tmp_path / "whole", *sizes, optimizer=optimizer))
+    kind = {"experiment": experiment, "optimizer": optimizer}
+    expected = metrics(make(tmp_path / "whole", *sizes, **kind))
     saves = 0
     save = RunFolder.save_checkpoint
 
@@ -227,8 +241,8 @@ def test_killed_run_continues_to_the_same_metrics(
         patch.setattr(RunFolder, "save_checkpoint", every_other)
         patch.setattr(Training, "_update", killed)
         with pytest.raises(Killed):
-            make(tmp_path / "cut", *sizes, optimizer=optimizer)
-    folder = make(tmp_path / "cut", *sizes, optimizer=optimizer)
+            make(tmp_path / "cut", *sizes, **kind)
+    folder = make(tmp_path / "cut", *sizes, **kind)
     assert folder.status == "finished"
     assert metrics(folder) == expected
 
