@@ -8,6 +8,8 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bdhf.report import CellKey, Curves, read_curves
 
@@ -69,8 +71,10 @@ def _draw(
                 for key in sorted(cells, key=_order):
                     _plot(axis, cells[key], x, metric, key, _style_number(key, cells))
                 axis.set_xscale("log")
+                _plain_numbers(axis.xaxis)
                 if metric.endswith("loss"):
                     axis.set_yscale("log")
+                    _plain_numbers(axis.yaxis)
                 axis.grid(True, which="both", alpha=0.2)
         axes[-1][0].set_xlabel("updates")
         axes[-1][1].set_xlabel("epochs (passes over the training set for gradients)")
@@ -83,6 +87,13 @@ def _draw(
             figure.savefig(path, dpi=150, metadata=metadata)
         pyplot.close(figure)
     return paths
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """Label a logarithmic axis at 1, 2, 5, 10, ..., as one would by hand."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _plot(axis: Axes, curves: Curves, x: str, metric: str, key: CellKey, style: int) -> None:
