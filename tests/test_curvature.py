@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,6 +218,25 @@ def test_compiled_and_data_parallel_wrappers_are_seen_through() -> None:
     expected = GaussNewton(case.model, case.criterion, case.batch, case.blocks).products(vectors)
     compiled = torch.compile(case.model, backend="eager")
     found = GaussNewton(compiled, case.criterion, case.batch, case.blocks).products(vectors)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_ddp_is_seen_through(tmp_path: Path) -> None:
+    case = make_case("tanh MLP, MSE mean", torch.float32)
+    vectors = [torch.randn(sum(p.numel() for p in b)) for b in case.blocks]
+    expected = GaussNewton(case.model, case.criterion, case.batch, case.blocks).products(vectors)
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(case.model)
+        opt = bdhf.BlockDiagonalHF([{"params": block} for block in case.blocks])
+        found = GaussNewton(wrapped, case.criterion, case.batch, case.blocks).products(vectors)
+        for _ in range(3):  # DDP's own bookkeeping is not disturbed between its backward passes
+            opt.zero_grad()
+            case.criterion(wrapped(case.batch[0]), case.batch[1]).backward()
+            opt.step(wrapped, case.criterion, curvature_batch=case.batch)
+    finally:
+        torch.distributed.destroy_process_group()
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import pyplot
 from suite import EXPERIMENTS, tiny
 
 from bdhf.experiment import run
@@ -86,6 +87,34 @@ def test_figure_is_drawn_and_redrawn_the_same(results: Path) -> None:
     before = paths[1].read_bytes()
     draw_figures(results, "demo")
     assert paths[1].read_bytes() == before
+
+
+def test_figure_shows_what_the_table_says(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collect(results, "demo")
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    draw_figures(results, "demo")
+    axes = pyplot.gcf().axes
+    monkeypatch.undo()
+    pyplot.close("all")
+    curves = read_curves(results, "demo")[BDHF]
+    assert [axis.get_ylabel() for axis in axes[::2]] == [
+        "train error (squared, per image)",
+        "test error (squared, per image)",
+    ]
+    for axis, x, metric in (
+        (axes[0], "update", "train_loss"),
+        (axes[1], "epoch", "train_loss"),
+        (axes[2], "update", "test_loss"),
+        (axes[3], "epoch", "test_loss"),
+    ):
+        (line,) = [a for a in axis.get_lines() if str(a.get_label()).startswith("Block")]
+        places = curves.update if x == "update" else curves.columns["epoch"][0]
+        assert np.allclose(line.get_xdata(), places[1:])
+        assert np.allclose(line.get_ydata(), curves.columns[metric].mean(0)[1:])
+        (band,) = axis.collections  # of the only cell with two seeds
+        heights = band.get_paths()[0].vertices[:, 1]
+        assert heights.min() == curves.columns[metric][:, 1:].min()
+        assert heights.max() == curves.columns[metric][:, 1:].max()
 
 
 def test_missing_table_says_how_to_make_it(tmp_path: Path) -> None:

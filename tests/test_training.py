@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import signal
 import subprocess
@@ -13,12 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from suite import EXPERIMENTS, TINY_HF, tiny
 from torch import nn
 
 import bdhf.experiment
-from bdhf.experiment import run
+from bdhf.experiment import make_optimizer, run
 from bdhf.first_order import FirstOrder
+from bdhf.optimizer import StepReport
+from bdhf.progress import ProgressDisplay
 from bdhf.record import RunFolder, read_metrics
 from bdhf.training import (
     Problem,
@@ -366,3 +370,198 @@ def test_signal_stops_after_the_update_and_the_command_continues(
     assert f"finished, {reached + 3} updates" in done.stdout
     updates = [row["update"] for row in read_metrics(path)]
     assert updates == sorted(set(updates)) and updates[-1] == reached + 3
+
+
+# What the loop hands on
+
+
+class Recorder:
+    """An optimizer that takes no step and keeps what it was called with."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.param_groups = [{"lr": 0.5, "params": list(model.parameters())}]
+        self.last_step = StepReport([], torch.tensor(2.5), "gradient")
+        self.calls: list[dict[str, Any]] = []
+
+    def step(self, model, criterion, batch, curvature_batch=None, *, micro_batch=None):
+        self.calls.append(
+            {
+                "batch": batch,
+                "curvature_batch": curvature_batch,
+                "micro_batch": micro_batch,
+                "training": model.training,
+            }
+        )
+        return torch.zeros(())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def recorded(seed: int = 0, **sizes: Any) -> tuple[Training, Recorder]:
+    problem = linear_problem()
+    recorder = Recorder(problem.model)
+    values = {"batch_size": 20, "curvature_batch_size": 8, "updates": 4, "evaluate_every": 2}
+    sizes = {**values, "evaluation_rows": 10, **sizes}
+    training = Training(problem, recorder, Sizes(**sizes), seed, Work(0.0, []))
+    return training, recorder
+
+
+def test_curvature_batch_is_the_first_rows_of_the_shuffled_batch() -> None:
+    training, recorder = recorded()
+    training.run(lambda row: None)
+    for update, call in enumerate(recorder.calls):
+        rows = batch_indices(update, 20, 50, seed=0)
+        for k, tensor in enumerate(training.problem.train):
+            assert torch.equal(call["batch"][k], tensor[rows])
+            assert torch.equal(call["curvature_batch"][k], tensor[rows[:8]])
+
+
+def test_seed_changes_the_order_and_without_curvature_rows_there_is_no_such_batch() -> None:
+    (one, first), (other, second) = recorded(0), recorded(1, curvature_batch_size=None)
+    for training in (one, other):
+        training.run(lambda row: None)
+    assert not torch.equal(first.calls[0]["batch"][0], second.calls[0]["batch"][0])
+    assert second.calls[0]["curvature_batch"] is None
+
+
+def test_micro_batch_and_training_mode_reach_the_optimizer() -> None:
+    training, recorder = recorded(micro_batch=7)
+    training.problem.model.eval()
+    training.run(lambda row: None)
+    assert all(call["micro_batch"] == 7 and call["training"] for call in recorder.calls)
+
+
+def test_evaluation_subset_is_random_and_the_same_for_all_seeds() -> None:
+    (one, _), (other, _) = recorded(0), recorded(1)
+    inputs, targets = one._training_subset()
+    assert torch.equal(inputs, other._training_subset()[0])
+    matches = (inputs[:, None] == one.problem.train[0][None]).all(2)
+    rows = matches.float().argmax(1)
+    assert matches.any(1).all() and len(rows.unique()) == 10
+    assert len(rows.diff().unique()) > 3  # no stride
+    assert torch.equal(targets, one.problem.train[1][rows])
+
+
+def test_row_reports_the_last_update() -> None:
+    training, _ = recorded()
+    rows: list[Row] = []
+    training.run(rows.append)
+    assert rows[-1]["gradient_norm"] == 2.5 and rows[-1]["learning_rate"] == 0.5
+
+
+def test_seconds_leave_evaluation_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = evaluate
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        return original(*arguments)
+
+    monkeypatch.setattr("bdhf.training.evaluate", slow)
+    training, _ = recorded()
+    training.run(lambda row: None)
+    assert 0 < training.progress.seconds < 0.1  # six evaluations would take 0.6
+
+
+def test_divergence_is_above_ten_times_the_initial_loss() -> None:
+    training, _ = recorded()
+    training.progress.initial_loss = 2.0
+    for loss, diverged in ((19.9, False), (20.1, True), (float("inf"), True)):
+        assert bool(training._divergence({"update": 3, "train_loss": loss})) is diverged
+
+
+def test_hf_is_one_block_and_block_diagonal_hf_the_experiments() -> None:
+    sizes = {}
+    for experiment, parts in EXPERIMENTS.items():
+        for optimizer in ("hf", "bdhf", "adam"):
+            values = tiny(experiment, optimizer)
+            model = parts.network(values.network)
+            blocks, stepper = make_optimizer(values.optimizer, model, parts.blocks)
+            sizes[experiment, optimizer] = len(blocks)
+            held = [p for group in stepper.param_groups for p in group["params"]]
+            assert len(held) == len(set(held)) == len(list(model.parameters()))
+    assert [sizes[e, "hf"] for e in EXPERIMENTS] == [1, 1, 1]
+    assert [sizes[e, "bdhf"] for e in EXPERIMENTS] == [2, 2, 2]  # the small LSTM has two layers
+    assert [sizes[e, "adam"] for e in EXPERIMENTS] == [0, 0, 0]
+
+
+def test_seed_changes_the_initial_weights(tmp_path: Path) -> None:
+    starts = [metrics(make(tmp_path, f"seed={seed}"))[0]["train_loss"] for seed in (0, 1)]
+    assert starts[0] != starts[1]
+
+
+def test_checkpoint_restores_the_random_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a dropout layer would draw next."""
+    draws = {}
+    original = Training._update
+
+    def drawing(training: Training) -> None:
+        original(training)
+        draws.setdefault(training.progress.update, []).append(torch.rand(()).item())
+
+    monkeypatch.setattr(Training, "_update", drawing)
+    make(tmp_path / "whole", "updates=4")
+    make(tmp_path / "cut", "updates=2")
+    make(tmp_path / "cut", "updates=4")
+    assert set(draws) == {1, 2, 3, 4}
+    assert all(len(values) == 2 and len(set(values)) == 1 for values in draws.values())
+
+
+def test_threads_are_set_and_the_full_training_loss_is_that_of_all_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    folder = make(tmp_path, "threads=2", "evaluation_rows=30")
+    assert threads == [2]
+    provenance = json.loads((folder.path / "provenance.json").read_text())
+    whole = make(tmp_path, "evaluation_rows=1437")
+    expected = read_metrics(whole.path)[-1]["train_loss"]
+    assert provenance["full_train_loss"] == pytest.approx(expected, rel=1e-6)
+    assert read_metrics(folder.path)[-1]["train_loss"] != expected
+
+
+def test_failed_write_leaves_the_old_file_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path)
+    before = {p.name: p.read_bytes() for p in folder.path.iterdir()}
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    for write in (
+        lambda: folder.save_checkpoint({"x": 1}),
+        lambda: folder.append({"update": 9}),
+        lambda: folder.end("finished", "", 9),
+    ):
+        with pytest.raises(OSError, match="No space left"):
+            write()
+    assert {p.name: p.read_bytes() for p in folder.path.iterdir()} == before
+
+
+def test_progress_is_live_on_a_terminal_and_plain_elsewhere() -> None:
+    row: Row = {
+        "update": 3,
+        "train_loss": 1.25,
+        "test_loss": 1.5,
+        "test_accuracy": 0.5,
+        "cg_iterations_0": 7,
+        "cg_iterations_1": 9,
+    }
+    text = {}
+    for terminal in (True, False):
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=terminal, width=200, highlight=False)
+        with ProgressDisplay("title", 10, 2, console) as display:
+            display.update(3)
+            display.row(row)
+        text[terminal] = file.getvalue()
+    metrics_text = "train 1.25  test 1.5  accuracy 50.0 %  CG 7+9"
+    assert text[False] == f"title  update 3/10  {metrics_text}  [0 s]\n"
+    assert "3/10" in text[True] and metrics_text in text[True] and "\x1b[" in text[True]
