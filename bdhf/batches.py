@@ -62,6 +62,8 @@ def row_count(batch: Batch) -> int:
     """The number of samples: the length of the first tensor among the inputs."""
     for leaf in tree_leaves(batch[0]):
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
+            if leaf.shape[0] == 0:
+                raise ValueError("inputs hold an empty batch; give at least one row")
             return leaf.shape[0]
     raise ValueError("inputs hold no tensor with a batch dimension, so they cannot be cut")
 
@@ -149,7 +151,8 @@ def loss_and_gradient(
     statistics move here, once for each piece of the batch.
 
     Returns:
-        The loss, a detached scalar on the model's device; nothing here waits for that device.
+        The loss, a detached scalar on the model's device. Nothing here waits for that device,
+        but for ``micro_batch`` with cross-entropy, which looks for ignored targets.
     """
     total: Tensor | None = None
     gradients: list[Tensor] = []
@@ -158,7 +161,8 @@ def loss_and_gradient(
         with torch.enable_grad():
             loss = weight * checked_loss(criterion(model(*args, **kwargs), targets))
         slopes = torch.autograd.grad(loss, parameters, materialize_grads=True)
-        found = [slope.detach() for slope in slopes]  # torch 2.9's zeros require a gradient
+        # Embeddings may give sparse gradients; torch 2.9's zeros require a gradient.
+        found = [(slope.to_dense() if slope.is_sparse else slope).detach() for slope in slopes]
         loss = loss.detach()
         if total is None:
             total, gradients = loss, found

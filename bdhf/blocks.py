@@ -51,7 +51,7 @@ def split_into_blocks(model: nn.Module, count: int) -> list[ParamGroup]:
 
     A module's own weight and bias stay together, modules are taken in the order in which
     ``model.parameters()`` lists them, and of all such splits this is the one whose blocks' sizes
-    have the least sum of squares.
+    have the least sum of squares. Parameters that require no gradient are left out.
 
     Returns:
         Param groups for `BlockDiagonalHF`.
@@ -63,7 +63,7 @@ def split_into_blocks(model: nn.Module, count: int) -> list[ParamGroup]:
     if not 1 <= count <= len(layers):
         raise ValueError(
             f"count={count}; must be between 1 and {len(layers)}, the number of modules of "
-            f"{type(model).__name__} that have parameters of their own"
+            f"{type(model).__name__} that have trainable parameters of their own"
         )
     sizes = [sum(p.numel() for p in layer) for layer in layers]
     bounds = _balanced_bounds(sizes, count)
@@ -74,11 +74,11 @@ def split_into_blocks(model: nn.Module, count: int) -> list[ParamGroup]:
 
 
 def _layers(model: nn.Module) -> list[list[nn.Parameter]]:
-    """The parameters of each module that has some of its own, tied ones with the first."""
+    """The trainable parameters of each module that has some, tied ones with the first."""
     seen: set[nn.Parameter] = set()
     layers = []
     for module in model.modules():
-        own = [p for p in module.parameters(recurse=False) if p not in seen]
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad and p not in seen]
         seen.update(own)
         if own:
             layers.append(own)

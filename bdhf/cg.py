@@ -23,8 +23,9 @@ class CGResult:
     """What `conjugate_gradient` found for one system; unpacks as solution, reason, iterations.
 
     Attributes:
-        solution: the last iterate, shaped like ``b``. Each accepted step lowers the quadratic,
-            so the last iterate is the best one.
+        solution: the last iterate, shaped like ``b``. Each accepted step lowers the quadratic, so
+            it is the best one; zeros if even it is worse than they are and the iteration broke
+            down.
         reason: why the iteration stopped (see `conjugate_gradient`).
         iterations: steps taken, not counting the product that a warm start costs.
         value: the quadratic ``½ xᵀAx - bᵀx`` at the solution.
@@ -47,6 +48,7 @@ def conjugate_gradient(
     max_iter: int | None = None,
     tol: float = 0.0,
     residual_tol: float = 0.0,
+    damping: float = 0.0,
 ) -> CGResult: ...
 
 
@@ -58,6 +60,7 @@ def conjugate_gradient(
     max_iter: int | Sequence[int | None] | None = None,
     tol: float | Sequence[float] = 0.0,
     residual_tol: float | Sequence[float] = 0.0,
+    damping: float | Sequence[float] = 0.0,
 ) -> list[CGResult]: ...
 
 
@@ -68,8 +71,11 @@ def conjugate_gradient(
     max_iter: Any = None,
     tol: Any = 0.0,
     residual_tol: Any = 0.0,
+    damping: Any = 0.0,
 ) -> Any:
     """Solve ``A x = b`` by conjugate gradient, that is, minimise ``½ xᵀAx - bᵀx``.
+
+    With ``damping`` λ, ``A + λI`` stands for ``A`` everywhere below.
 
     One system or several at once: with a tensor ``b`` of any shape, ``matvec`` maps a tensor of
     that shape to ``A`` times it. With a sequence of k tensors, there are k independent systems
@@ -86,20 +92,24 @@ def conjugate_gradient(
       Hessian-free optimization", section 4.4);
     - ``"iteration cap"``: ``max_iter`` steps were taken;
     - ``"negative curvature"``: ``pᵀAp`` along the next direction is negative, or zero to rounding
-      (relative to the largest curvature met so far); the step is not taken;
-    - ``"not finite"``: NaN or infinity in ``b`` or in a product; the step is not taken, and a
-      warm start that is not finite itself, or has no finite product, is replaced by zeros.
+      (relative to the largest curvature met so far, and below half the damping); the step is
+      not taken;
+    - ``"not finite"``: NaN or infinity in ``b``, in a product or in the quadratic after the next
+      step; the step is not taken. A warm start that has no finite residual is replaced by zeros.
 
     Args:
-        matvec: the product with the symmetric positive (semi)definite matrix ``A``.
+        matvec: the product with the symmetric positive (semi)definite matrix ``A``, without the
+            damping. It is called without gradient tracking, and what it is given is overwritten
+            afterwards: copy it to keep it.
         b: right-hand side, or a sequence of them.
         x0: where to start (for several systems: a sequence in which an entry may be None). None
             starts from zero and saves the product that a warm start costs.
         max_iter: the most steps to take. None means ten times the number of unknowns.
         tol: Martens' ε; 0 switches this rule off.
         residual_tol: bound on the residual relative to ``‖b‖``; 0 switches this rule off.
+        damping: λ, added to the diagonal.
 
-    For several systems, ``max_iter``, ``tol`` and ``residual_tol`` may be sequences too.
+    For several systems, the settings may be sequences too, one entry for each.
 
     Returns:
         A `CGResult`; for several systems, a list of them.
@@ -108,10 +118,12 @@ def conjugate_gradient(
         ValueError: no stopping rule is given, a setting is out of range, or shapes differ.
     """
     if isinstance(b, Tensor):
-        return _solve(lambda v: [matvec(v[0])], [b], [x0], [max_iter], [tol], [residual_tol])[0]
+        return _solve(
+            lambda v: [matvec(v[0])], [b], [x0], [max_iter], [tol], [residual_tol], [damping]
+        )[0]
     count = len(b)
     starts = [None] * count if x0 is None else x0
-    settings = (_one_each(s, count) for s in (max_iter, tol, residual_tol))
+    settings = (_one_each(s, count) for s in (max_iter, tol, residual_tol, damping))
     return _solve(matvec, b, starts, *settings)
 
 
@@ -126,15 +138,16 @@ def _solve(
     max_iter: Sequence[int | None],
     tol: Sequence[float],
     residual_tol: Sequence[float],
+    damping: Sequence[float],
 ) -> list[CGResult]:
-    lengths = {len(b), len(x0), len(max_iter), len(tol), len(residual_tol)}
+    columns = (b, x0, max_iter, tol, residual_tol, damping)
+    lengths = set(map(len, columns))
     if len(lengths) > 1:
         raise ValueError(
-            f"b, x0, max_iter, tol and residual_tol describe {sorted(lengths)} systems; "
-            "give one entry for each system"
+            f"b, x0 and the settings describe {sorted(lengths)} systems; give one entry for each"
         )
     with torch.no_grad():
-        systems = [_System(*row) for row in zip(b, x0, max_iter, tol, residual_tol, strict=True)]
+        systems = [_System(*row) for row in zip(*columns, strict=True)]
         if any(s.warm for s in systems):
             products = matvec([s.x if s.warm else None for s in systems])
             for system, product in zip(systems, products, strict=True):
@@ -164,9 +177,11 @@ class _System:
         max_iter: int | None,
         tol: float,
         residual_tol: float,
+        damping: float,
     ) -> None:
-        _check_settings(b, x0, max_iter, tol, residual_tol)
+        _check_settings(b, x0, max_iter, tol, residual_tol, damping)
         self.b = b
+        self.damping = damping
         self.max_iter = 10 * b.numel() if max_iter is None else max_iter
         self.tol = tol
         self.warm = x0 is not None
@@ -186,51 +201,55 @@ class _System:
 
     def start(self, product: Tensor | None) -> None:
         """Move from zero to the warm start, given ``A x0``."""
-        product = self._checked(product)
-        self.r = self.b - product
+        self.r = self.b - self._damped(product, self.x)
         self.value = -0.5 * (_dot(self.x, self.b) + _dot(self.x, self.r))
 
     def first_scalars(self) -> Tensor:
         self.rr = self.pp = _dot(self.r, self.r)
         self.p = self.r.clone()
-        one = torch.ones_like(self.rr)  # neither curvature nor step length yet: both pass
-        return torch.stack((one, one, self.rr, self.bb, self.value))
+        one = torch.ones_like(self.rr)  # there was no step that could have been unusable
+        return torch.stack((one, one, self.value, self.rr, self.bb))
+
+    def start_cold(self) -> None:
+        """Give up the warm start."""
+        self.x = torch.zeros_like(self.b)
+        self.r, self.p = self.b.clone(), self.b.clone()
+        self.rr = self.pp = self.bb
+        self.value = torch.zeros_like(self.bb)
 
     def step(self, product: Tensor | None) -> Tensor:
         """Go to the minimum along ``p``, given ``A p``; nothing here waits for the device."""
-        product = self._checked(product)
+        product = self._damped(product, self.p)
         curvature = _dot(self.p, product)
         self.stiffest = torch.maximum(self.stiffest, curvature / self.pp)
+        # Damping is a floor under the curvature that rounding does not reach.
+        usable = curvature > self.curvature_bound * self.stiffest * self.pp
+        if self.damping > 0:
+            usable |= curvature >= 0.5 * self.damping * self.pp
         length = self.rr / curvature
-        usable = (curvature > self.curvature_bound * self.stiffest * self.pp) & length.isfinite()
-        length = torch.where(usable, length, 0)
-        self.x.addcmul_(self.p, length)
-        self.r.addcmul_(product, length, value=-1)
         # The fall of the quadratic over an exact step; sums of falls lose no digits, whereas
         # -½ xᵀ(b + r) would cost two more passes over the vectors.
-        self.value = self.value - 0.5 * length * self.rr
+        value = self.value - 0.5 * length * self.rr
+        finite = curvature.isfinite() & ((curvature <= 0) | value.isfinite())
+        usable &= finite
+        length, self.value = torch.where(usable, length, 0), torch.where(usable, value, self.value)
+        self.x.addcmul_(self.p, length)
+        self.r.addcmul_(product, length, value=-1)
         previous, self.rr = self.rr, _dot(self.r, self.r)
         momentum = self.rr / previous
         self.pp = self.rr + momentum.square() * self.pp  # the residual is orthogonal to p
         torch.addcmul(self.r, self.p, momentum, out=self.p)
-        return torch.stack((curvature, length, self.rr, self.bb, self.value))
+        return torch.stack((usable.to(value), finite.to(value), self.value, self.rr, self.bb))
 
-    def judge(self, curvature: float, length: float, rr: float, bb: float, value: float) -> None:
+    def judge(self, usable: float, finite: float, value: float, rr: float, bb: float) -> None:
         """Accept the step just taken, and decide whether to stop."""
-        if not self.values:
-            self.values.append(value)
-            if not math.isfinite(rr + value):
-                self.reason = "not finite"
-                self.x, self.values = torch.zeros_like(self.x), [0.0]
-                return
-        elif not math.isfinite(curvature):
-            self.reason = "not finite"
+        if not usable:
+            self.reason = "negative curvature" if finite else "not finite"
             return
-        elif length == 0:
-            self.reason = "negative curvature"
-            return
-        else:
-            self.values.append(value)
+        if not self.values and not math.isfinite(rr + value):
+            self.start_cold()
+            rr, value = bb, 0.0
+        self.values.append(value)
 
         iterations = len(self.values) - 1
         span = max(10, iterations // 10)
@@ -249,16 +268,21 @@ class _System:
 
     def result(self) -> CGResult:
         assert self.reason is not None
-        return CGResult(self.x, self.reason, len(self.values) - 1, self.values[-1])
+        solution, value = self.x, self.values[-1]
+        broken_down = self.reason in ("negative curvature", "not finite")
+        if broken_down and value > 0:
+            solution, value = torch.zeros_like(solution), 0.0
+        return CGResult(solution, self.reason, len(self.values) - 1, value)
 
-    def _checked(self, product: Tensor | None) -> Tensor:
+    def _damped(self, product: Tensor | None, vector: Tensor) -> Tensor:
+        """The product, checked, with the damping's part added."""
         if product is None or product.shape != self.b.shape:
             shape = None if product is None else tuple(product.shape)
             raise ValueError(
                 f"matvec returned {shape} for a vector of shape {tuple(self.b.shape)}; "
                 "it must return a tensor of the same shape for every system still running"
             )
-        return product
+        return torch.add(product, vector, alpha=self.damping) if self.damping else product
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -266,7 +290,12 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _check_settings(
-    b: Tensor, x0: Tensor | None, max_iter: int | None, tol: float, residual_tol: float
+    b: Tensor,
+    x0: Tensor | None,
+    max_iter: int | None,
+    tol: float,
+    residual_tol: float,
+    damping: float,
 ) -> None:
     if not b.is_floating_point():
         raise ValueError(f"b has dtype {b.dtype}; conjugate gradient needs a floating-point type")
@@ -279,6 +308,8 @@ def _check_settings(
     for name, setting in (("tol", tol), ("residual_tol", residual_tol)):
         if not 0 <= setting < math.inf:
             raise ValueError(f"{name}={setting}; must be 0 (off) or a positive number")
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"damping={damping}; must be 0 or more and finite")
     if max_iter is None and tol == 0 and residual_tol == 0:
         raise ValueError(
             "no stopping rule: max_iter=None, tol=0, residual_tol=0; give at least one of them"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -134,6 +134,7 @@ def checked(composed: DictConfig) -> Config:
         config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(str(error)) from error
+    _refuse_unknown(composed, config)
     _check_optimizer(config.optimizer)
     _check_sizes(config)
     _check_machine(config)
@@ -147,12 +148,15 @@ def settings_of(config: Config) -> dict[str, Any]:
     return values
 
 
-def config_hash(config: Config) -> str:
-    """Eight hex digits over all that changes a run's curve."""
-    values = settings_of(config)
-    for key in _OUTSIDE_THE_HASH:
-        del values[key]
-    del values["data"]["root"]
+def settings_hash(settings: dict[str, Any], without: tuple[str, ...] = ()) -> str:
+    """Eight hex digits over all of `settings_of` that changes a run's curve.
+
+    Args:
+        settings: a run's settings, from `settings_of` or its ``config.yaml``.
+        without: further keys to leave out: runs that differ in these alone have the same hash.
+    """
+    values = {k: v for k, v in settings.items() if k not in (*_OUTSIDE_THE_HASH, *without)}
+    values["data"] = {k: v for k, v in values["data"].items() if k != "root"}
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -164,15 +168,18 @@ def device_of(config: Config) -> torch.device:
     return torch.device(config.device)
 
 
-def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
+def require(condition: bool, key: str, value: Any, allowed: str) -> None:
+    """Raise a `ConfigError` that names the key, its value and what is allowed."""
     if not condition:
         raise ConfigError(f"{key}={value}: must be {allowed}")
 
 
 def _check_cell(composed: DictConfig) -> None:
     name = composed.optimizer.name
-    numbers = [str(number) for number in range(len(composed.cells.get(name, [])))]
-    _require(
+    known = ", ".join(composed.cells)
+    require(name in composed.cells, "optimizer.name", name, f"one of {known}")
+    numbers = [str(number) for number in range(len(composed.cells[name]))]
+    require(
         composed.cell in numbers,
         "cell",
         composed.cell,
@@ -181,30 +188,49 @@ def _check_cell(composed: DictConfig) -> None:
     )
 
 
+def _refuse_unknown(node: Any, typed: Any, prefix: str = "") -> None:
+    """Hydra's ``+key=value`` adds keys that no type declares, and nothing would read."""
+    known = [item.name for item in fields(typed)]
+    for key in node:
+        if key not in known:
+            raise ConfigError(
+                f"{prefix}{key} is not a key: must be one of {', '.join(sorted(known))}"
+            )
+        if is_dataclass(getattr(typed, key)):
+            _refuse_unknown(node[key], getattr(typed, key), f"{prefix}{key}.")
+
+
 def _check_optimizer(optimizer: OptimizerConfig) -> None:
     zero_or_more = "0 or more, and finite"
+    names = ("adam",) if isinstance(optimizer, AdamConfig) else ("hf", "bdhf")
+    require(
+        optimizer.name in names,
+        "optimizer.name",
+        optimizer.name,
+        f"{' or '.join(names)} here; optimizer=adam, hf or bdhf chooses another optimizer",
+    )
     if isinstance(optimizer, HessianFreeConfig):
         for name in ("lr", "damping", "cg_tol"):
             value = getattr(optimizer, name)
-            _require(0 <= value < math.inf, f"optimizer.{name}", value, zero_or_more)
+            require(0 <= value < math.inf, f"optimizer.{name}", value, zero_or_more)
         cap, momentum = optimizer.cg_max_iter, optimizer.cg_momentum
-        _require(cap >= 1, "optimizer.cg_max_iter", cap, "1 or more")
-        _require(0 <= momentum <= 1, "optimizer.cg_momentum", momentum, "from 0 to 1")
+        require(cap >= 1, "optimizer.cg_max_iter", cap, "1 or more")
+        require(0 <= momentum <= 1, "optimizer.cg_momentum", momentum, "from 0 to 1")
     if isinstance(optimizer, AdamConfig):
-        _require(0 <= optimizer.lr < math.inf, "optimizer.lr", optimizer.lr, zero_or_more)
-        _require(0 <= optimizer.eps < math.inf, "optimizer.eps", optimizer.eps, zero_or_more)
-        inside = all(0 <= beta < 1 for beta in optimizer.betas)
-        _require(inside, "optimizer.betas", list(optimizer.betas), "two numbers from 0 to below 1")
+        require(0 <= optimizer.lr < math.inf, "optimizer.lr", optimizer.lr, zero_or_more)
+        require(0 <= optimizer.eps < math.inf, "optimizer.eps", optimizer.eps, zero_or_more)
+        inside = len(optimizer.betas) == 2 and all(0 <= beta < 1 for beta in optimizer.betas)
+        require(inside, "optimizer.betas", list(optimizer.betas), "two numbers from 0 to below 1")
 
 
 def _check_sizes(config: Config) -> None:
     for key in ("batch_size", "updates", "evaluate_every", "evaluation_rows"):
         value = getattr(config, key)
-        _require(value >= 1, key, value, "1 or more")
-    _require(config.seed >= 0, "seed", config.seed, "0 or more")
+        require(value >= 1, key, value, "1 or more")
+    require(config.seed >= 0, "seed", config.seed, "0 or more")
     rows = config.curvature_batch_size
     if isinstance(config.optimizer, HessianFreeConfig):
-        _require(
+        require(
             rows is not None and 1 <= rows < config.batch_size,
             "curvature_batch_size",
             rows,
@@ -213,25 +239,25 @@ def _check_sizes(config: Config) -> None:
         )
     else:
         name = config.optimizer.name
-        _require(rows is None, "curvature_batch_size", rows, f"null for optimizer={name}")
+        require(rows is None, "curvature_batch_size", rows, f"null for optimizer={name}")
     for optional in ("micro_batch", "threads"):
         value = getattr(config, optional)
-        _require(value is None or value >= 1, optional, value, "1 or more, or null")
+        require(value is None or value >= 1, optional, value, "1 or more, or null")
 
 
 def _check_machine(config: Config) -> None:
     limit, pause = config.time_limit, config.checkpoint_seconds
-    _require(limit is None or limit > 0, "time_limit", limit, "a number of seconds, or null")
-    _require(pause >= 0, "checkpoint_seconds", pause, "0 or more")
+    require(limit is None or limit > 0, "time_limit", limit, "a number of seconds, or null")
+    require(pause >= 0, "checkpoint_seconds", pause, "0 or more")
     allowed = "auto, cpu, cuda or cuda:N"
     try:
         device = device_of(config)
     except RuntimeError:
         raise ConfigError(f"device={config.device}: must be {allowed}") from None
-    _require(device.type in ("cpu", "cuda"), "device", config.device, allowed)
+    require(device.type in ("cpu", "cuda"), "device", config.device, allowed)
     if device.type == "cuda":
         count = torch.cuda.device_count()
-        _require(
+        require(
             (device.index or 0) < count,
             "device",
             config.device,
@@ -243,4 +269,4 @@ def _check_machine(config: Config) -> None:
 def check_against_data(config: Config, rows: int) -> None:
     """Refuse sizes that the training set of ``rows`` samples cannot fill."""
     allowed = f"at most {rows}, the size of the {config.data.name} training set"
-    _require(config.batch_size <= rows, "batch_size", config.batch_size, allowed)
+    require(config.batch_size <= rows, "batch_size", config.batch_size, allowed)

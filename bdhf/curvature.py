@@ -9,6 +9,8 @@ products for second-order gradient descent"). `ggn_vector_product` is the plain 
 from __future__ import annotations
 
 import contextlib
+import copy
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +59,8 @@ def ggn_vector_product(
         The product, in the same form as ``vector``.
 
     Raises:
-        ValueError: ``vector`` does not fit the trainable parameters, or a block holds a
-            parameter that is not trainable or not the model's.
+        ValueError: ``vector`` does not fit the trainable parameters or there are none, blocks
+            overlap, or a block holds a parameter that is not trainable or not the model's.
     """
     model = _unwrapped(model)
     inputs, targets = checked_batch(batch)
@@ -68,6 +70,8 @@ def ggn_vector_product(
             f"vector has shapes {[tuple(v.shape) for v in vector]}; the model's trainable "
             f"parameters have {[tuple(p.shape) for p in trainable]}"
         )
+    if not trainable:
+        raise ValueError("the model has no parameter that requires a gradient")
     state = RandomState.capture(trainable)
 
     def network(values: Iterable[Tensor]) -> Any:
@@ -87,9 +91,13 @@ def ggn_vector_product(
         return _pulled_back(differentiable_leaves(outputs), cotangents, leaves)
 
     result = {p: torch.zeros_like(p) for p in trainable}
-    with torch.no_grad(), _plain_precision(trainable):
+    seen: set[Tensor] = set()
+    with torch.no_grad(), _plain_operations(model):
         for block in [trainable] if blocks is None else blocks:
             inside = set(block)
+            if inside & seen:
+                raise ValueError("blocks overlap; each parameter belongs to one block at most")
+            seen |= inside
             if not inside <= result.keys():
                 raise ValueError(
                     "blocks hold a tensor that is not a trainable parameter of the model"
@@ -131,12 +139,12 @@ class GaussNewton:
         micro_batch: int | None = None,
         random_state: RandomState | None = None,
     ) -> None:
-        self._model, self._criterion, self._blocks = _unwrapped(model), criterion, blocks
+        self._model, self._criterion, self._blocks = _unwrapped(model), _wide(criterion), blocks
         self._pieces = list(pieces(self._model, criterion, batch, micro_batch))
         self._random_state = random_state or RandomState.capture(blocks[0])
         self._whole: _Linearization | None = None
         if len(self._pieces) == 1:
-            with _plain_precision(blocks[0]):
+            with _plain_operations(self._model):
                 self._whole = self._linearized(*self._pieces[0])
         #: How products are computed: "linearized" once, or "recomputed in pieces".
         self.path = "linearized" if self._whole else "recomputed in pieces"
@@ -151,7 +159,7 @@ class GaussNewton:
         Returns:
             Flat vectors, and None where None was given.
         """
-        with _plain_precision(self._blocks[0]):
+        with _plain_operations(self._model):
             return self._products(vectors)
 
     def _products(self, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -311,13 +319,28 @@ def _call(model: nn.Module, values: dict[nn.Parameter, Tensor], inputs: Any) -> 
 
 
 @contextlib.contextmanager
-def _plain_precision(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """No autocast, also in backward passes, and attention that can be differentiated twice."""
-    with (
-        torch.autocast(tensors[0].device.type, enabled=False),
-        sdpa_kernel(SDPBackend.MATH),
-    ):
+def _plain_operations(model: nn.Module) -> Iterator[None]:
+    """No autocast, also in backward passes, and operations that can be differentiated twice."""
+    device = next(model.parameters()).device.type
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            with warnings.catch_warnings():  # of TF32 on Intel GPUs, which nobody asked for
+                warnings.simplefilter("ignore")
+                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
+
+
+def _wide(criterion: Criterion) -> Criterion:
+    """The loss with class weights and the like in the precision that the outputs will have."""
+    if not isinstance(criterion, nn.Module):
+        return criterion
+    tensors = [*criterion.parameters(), *criterion.buffers()]
+    if all(_widened(tensor) is tensor for tensor in tensors):
+        return criterion
+    return copy.deepcopy(criterion).float()
 
 
 def _widened(tensor: Tensor) -> Tensor:

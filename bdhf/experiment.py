@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -29,6 +28,7 @@ from bdhf.config import (
     checked,
     device_of,
     register,
+    require,
 )
 from bdhf.curvature import RandomState
 from bdhf.data import Data, DataError, Images, load
@@ -90,15 +90,20 @@ class Experiment:
 def main(experiment: Experiment) -> None:
     """Command line of an experiment: Hydra composes the config, `run` does the work."""
     register(experiment.name, experiment.settings)
+    failures: list[str] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=experiment.name)
     def job(composed: DictConfig) -> None:
         try:
             run(experiment, checked(composed))
         except (ConfigError, DataError) as error:
-            sys.exit(f"error: {error}")
+            # Not raised further: in a sweep, the other runs go on.
+            failures.append(str(error))
+            print(f"error: {error}", file=sys.stderr)
 
     job()
+    if failures:
+        sys.exit(1)
 
 
 def run(experiment: Experiment, config: Config) -> RunFolder:
@@ -106,9 +111,15 @@ def run(experiment: Experiment, config: Config) -> RunFolder:
 
     Raises:
         DataError: the data set is missing or corrupt.
-        ConfigError: the data set is too small for the sizes asked for.
+        ConfigError: the config is another experiment's, or does not fit the data set.
         SystemExit: a signal or ``time_limit`` stopped it; a checkpoint is written.
     """
+    require(
+        config.experiment == experiment.name,
+        "experiment",
+        config.experiment,
+        f"{experiment.name} here; experiments/{config.experiment}.py runs another experiment",
+    )
     folder = RunFolder(config)
     done = folder.status == "finished" and folder.updates_done >= config.updates
     if done or folder.status == "diverged":
@@ -127,7 +138,7 @@ def run(experiment: Experiment, config: Config) -> RunFolder:
     print(f"{folder.path}: {outcome.status}, {outcome.reason}")
     if outcome.status == "stopped":
         print("Repeat the command to continue.")
-        sys.exit(_exit_code(outcome.reason))
+        sys.exit(outcome.exit_code)
     return folder
 
 
@@ -200,7 +211,8 @@ def _restore(folder: RunFolder, training: Training) -> None:
     training.progress = Progress(**checkpoint["progress"])
     torch.set_rng_state(checkpoint["random_state"])
     if checkpoint["cuda_random_state"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(checkpoint["cuda_random_state"])
+        device = next(training.problem.model.parameters()).device
+        torch.cuda.set_rng_state(checkpoint["cuda_random_state"], device)
     if training.progress.update < training.sizes.updates:
         folder.drop_rows_off_the_grid(training.sizes.evaluate_every)
 
@@ -239,15 +251,16 @@ def _train(folder: RunFolder, training: Training, config: Config) -> Outcome:
                 folder.save_checkpoint(_checkpoint(training))
                 last_saved = time.monotonic()
 
-        def stop_reason() -> str | None:
-            if caught:
-                return f"signal {signal.Signals(caught[0]).name}"
+        def stop() -> Outcome | None:
+            if caught:  # the exit code is the one with which shells report a signal
+                number = signal.Signals(caught[0])
+                return Outcome("stopped", f"signal {number.name}", 128 + number)
             limit = config.time_limit
             if limit is not None and time.monotonic() - _PROCESS_START >= limit:
-                return f"time_limit={limit:g} seconds"
+                return Outcome("stopped", f"time_limit={limit:g} seconds")
             return None
 
-        outcome = training.run(on_row, on_update, stop_reason)
+        outcome = training.run(on_row, on_update, stop)
     # Kept for good, so that a larger budget can continue from here.
     folder.save_checkpoint(_checkpoint(training))
     return outcome
@@ -275,20 +288,11 @@ def _signals_caught() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         caught.append(number)
 
-    previous = {number: signal.signal(number, remember) for number in _SIGNALS}
+    previous = {
+        number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield caught
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def _exit_code(reason: str) -> int:
-    """As shells report a signal; 0 where the time limit stopped the run as asked."""
-    for number in _SIGNALS:
-        if reason.endswith(number.name):
-            return 128 + number
-    return os.EX_OK

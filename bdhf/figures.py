@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -69,7 +70,8 @@ def _draw(
             row[0].set_ylabel(label)
             for axis, x in zip(row, ("update", "epoch"), strict=True):
                 for key in sorted(cells, key=_order):
-                    _plot(axis, cells[key], x, metric, key, _style_number(key, cells))
+                    label, style = _label(key, cells), _style_number(key, cells)
+                    _plot(axis, cells[key], x, metric, key.optimizer, label, style)
                 axis.set_xscale("log")
                 _plain_numbers(axis.xaxis)
                 if metric.endswith("loss"):
@@ -96,40 +98,47 @@ def _plain_numbers(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _plot(axis: Axes, curves: Curves, x: str, metric: str, key: CellKey, style: int) -> None:
+def _plot(
+    axis: Axes, curves: Curves, x: str, metric: str, optimizer: str, label: str, style: int
+) -> None:
     """Mean over the seeds, with a band from the least to the greatest."""
     values = curves.columns[metric]
-    places = curves.update if x == "update" else curves.columns[x][0]
-    shown = places > 0  # a logarithmic axis has no place for the start
+    places = curves.update if x == "update" else np.nanmax(curves.columns[x], axis=0)
+    # A logarithmic axis has no place for the start, and a metric may have no value yet.
+    shown = (places > 0) & np.isfinite(values).any(axis=0)
+    if not shown.any():
+        return
     line, marker = _STYLES[style % len(_STYLES)]
     axis.plot(
         places[shown],
-        values.mean(axis=0)[shown],
+        np.nanmean(values[:, shown], axis=0),
         line,
-        color=_COLORS.get(key.optimizer),
+        color=_COLORS.get(optimizer),
         marker=marker,
         markersize=3.5,
         markevery=max(1, int(shown.sum()) // 8),
-        label=_label(key),
+        label=label,
     )
     if len(values) > 1:
-        low, high = np.min(values, axis=0)[shown], np.max(values, axis=0)[shown]
+        low, high = np.nanmin(values[:, shown], axis=0), np.nanmax(values[:, shown], axis=0)
         axis.fill_between(
-            places[shown], low, high, color=_COLORS.get(key.optimizer), alpha=0.15, linewidth=0
+            places[shown], low, high, color=_COLORS.get(optimizer), alpha=0.15, linewidth=0
         )
 
 
-def _label(key: CellKey) -> str:
-    name = _NAMES.get(key.optimizer, key.optimizer)
-    if key.curvature_batch_size is None:
-        return f"{name}, mini-batch {key.batch_size}"
-    return f"{name}, mini-batch {key.batch_size}, curvature {key.curvature_batch_size}"
+def _label(key: CellKey, cells: dict[CellKey, Curves]) -> str:
+    label = f"{_NAMES.get(key.optimizer, key.optimizer)}, mini-batch {key.batch_size}"
+    if key.curvature_batch_size is not None:
+        label += f", curvature {key.curvature_batch_size}"
+    if sum(replace(other, settings=key.settings) == key for other in cells) > 1:
+        label += f" (settings {key.settings})"  # the table has runs with other settings too
+    return label
 
 
-def _order(key: CellKey) -> tuple[int, int, int]:
+def _order(key: CellKey) -> tuple[int, int, int, str]:
     optimizers = list(_COLORS)
     place = optimizers.index(key.optimizer) if key.optimizer in optimizers else len(optimizers)
-    return place, key.batch_size, key.curvature_batch_size or 0
+    return place, key.batch_size, key.curvature_batch_size or 0, key.settings
 
 
 def _style_number(key: CellKey, cells: dict[CellKey, Curves]) -> int:

@@ -38,7 +38,7 @@ class StepReport:
     """What the last update did; `BlockDiagonalHF.last_step`.
 
     Attributes:
-        blocks: one entry for each param group.
+        blocks: one entry for each param group; all zero for one that is frozen.
         gradient_norm: 2-norm of the gradient over all blocks, a scalar on the device.
         path: how curvature products were computed: ``"linearized"`` or
             ``"recomputed in pieces"`` (with ``micro_batch``).
@@ -52,6 +52,9 @@ class StepReport:
     def products(self) -> int:
         """Curvature products of all blocks together."""
         return sum(block.products for block in self.blocks)
+
+
+_FROZEN = BlockStep(0, "converged", 0.0, 0)
 
 
 class BlockDiagonalHF(Optimizer):
@@ -128,6 +131,7 @@ class BlockDiagonalHF(Optimizer):
         curvature_batch: Batch | None = None,
         *,
         micro_batch: int | None = None,
+        closure: None = None,
     ) -> Tensor | None:
         """Make one update.
 
@@ -144,7 +148,9 @@ class BlockDiagonalHF(Optimizer):
             curvature_batch: the same for curvature, in the paper a strict subset of ``batch``.
                 None: use ``batch``.
             micro_batch: process both batches in pieces of this many rows: less memory for more
-                work, with equal results. Tensors are cut along their first dimension.
+                work, with equal results (but for dropout, whose masks may be other ones). Tensors
+                are cut along their first dimension.
+            closure: refused; `step` computes gradient and curvature itself.
 
         Returns:
             The loss before the update, a detached scalar on the device; None if ``batch`` is.
@@ -154,15 +160,19 @@ class BlockDiagonalHF(Optimizer):
             ValueError: an argument is missing, a parameter is not the model's or none is
                 trainable, or ``micro_batch`` would change the result.
         """
-        _check_arguments(model, criterion, batch, curvature_batch)
+        _check_arguments(model if closure is None else closure, criterion, batch, curvature_batch)
         assert criterion is not None
+        if batch is not None:
+            batch = checked_batch(batch, "batch")
+        if curvature_batch is None:
+            curvature_batch = batch
+        curvature_batch = checked_batch(curvature_batch, "curvature_batch")
         groups, blocks = self._trainable_blocks(model)
         parameters = [p for block in blocks for p in block]
         state = RandomState.capture(parameters)
 
         loss = None
         if batch is not None:
-            batch = checked_batch(batch, "batch")
             loss = loss_and_gradient(model, criterion, batch, parameters, micro_batch)
         gradients = [_flat_gradient(block) for block in blocks]
         if all(p.grad is None for p in parameters):
@@ -171,13 +181,13 @@ class BlockDiagonalHF(Optimizer):
                 "call loss.backward() first, or pass a batch"
             )
 
-        if curvature_batch is None:
-            curvature_batch = batch
-        curvature_batch = checked_batch(curvature_batch, "curvature_batch")
         # Linearised from the same random state: on the same batch, gradient and curvature then
         # see the same dropout masks.
         matrix = GaussNewton(model, criterion, curvature_batch, blocks, micro_batch, state)
-        steps = self._solve(matrix, groups, blocks, gradients)
+        solved = dict(
+            zip(map(id, groups), self._solve(matrix, groups, blocks, gradients), strict=True)
+        )
+        steps = [solved.get(id(group), _FROZEN) for group in self.param_groups]
 
         norm = torch.linalg.vector_norm(
             torch.stack([torch.linalg.vector_norm(g).to(gradients[0].device) for g in gradients])
@@ -215,20 +225,18 @@ class BlockDiagonalHF(Optimizer):
         """Solve every block, step along the solutions and keep them for the next warm start."""
         used = [0] * len(blocks)
 
-        def damped(vectors: list[Tensor | None]) -> list[Tensor | None]:
-            products = matrix.products(vectors)
-            for k, (vector, product) in enumerate(zip(vectors, products, strict=True)):
-                if vector is not None and product is not None:
-                    used[k] += 1
-                    product.add_(vector, alpha=groups[k]["damping"])
-            return products
+        def matvec(vectors: list[Tensor | None]) -> list[Tensor | None]:
+            for k, vector in enumerate(vectors):
+                used[k] += vector is not None
+            return matrix.products(vectors)
 
         solutions = conjugate_gradient(
-            damped,
+            matvec,
             [gradient.neg() for gradient in gradients],
             [self._warm_start(*row) for row in zip(groups, blocks, gradients, strict=True)],
             max_iter=[group["cg_max_iter"] for group in groups],
             tol=[group["cg_tol"] for group in groups],
+            damping=[group["damping"] for group in groups],
         )
         for group, block, solved in zip(groups, blocks, solutions, strict=True):
             for p, change in zip(block, unflattened(solved.solution, block), strict=True):
@@ -288,9 +296,9 @@ def _check_settings(settings: dict[str, Any]) -> None:
         if name not in settings:
             continue
         value = settings[name]
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        if name == "cg_max_iter" and not is_whole:
-            raise ValueError(f"{name}={value!r}; must be a whole number, 1 or more")
+        kind, described = (int, "whole number") if name == "cg_max_iter" else (float, "number")
+        if isinstance(value, bool) or not isinstance(value, (int, kind)):
+            raise ValueError(f"{name}={value!r}; must be a {described}, {low} or more")
         if not low <= value <= high or value == math.inf:
             allowed = f"from {low} to {high}" if high < math.inf else f"{low} or more and finite"
             raise ValueError(f"{name}={value!r}; must be {allowed}")

@@ -90,6 +90,11 @@ def output_hessian_by_autograd(criterion: Criterion, outputs: Any, targets: Any)
         leaf.detach().requires_grad_() if _is_differentiable(leaf) else leaf for leaf in leaves
     ]
     variables = [point for point in points if _is_differentiable(point)]
+    if not variables:
+        raise ValueError(
+            f"the model returned {type(outputs).__name__}, in which there is no floating-point "
+            "tensor; return a tensor, or tensors in tuples, lists and dicts"
+        )
     with torch.enable_grad():
         loss = checked_loss(criterion(tree_unflatten(points, structure), targets))
         slopes = torch.autograd.grad(loss, variables, create_graph=True, materialize_grads=True)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from bdhf.config import Config, config_hash, settings_of
+from bdhf.config import Config, settings_hash, settings_of
 from bdhf.training import Row
 
 
@@ -59,10 +59,12 @@ class RunFolder:
     def begin(self, config: Config, facts: dict[str, Any]) -> None:
         """Open the folder for a session of training."""
         self.path.mkdir(parents=True, exist_ok=True)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         values = OmegaConf.to_yaml(OmegaConf.create(settings_of(config)))
         _write(self.path / "config.yaml", values.encode())
-        sessions = [*self._provenance.get("sessions", []), {"start": _now(), "end": None}]
-        self._provenance = {**facts, **_circumstances(), "sessions": sessions}
+        session = {"start": _now(), "end": None, **_circumstances(facts.pop("device"))}
+        self._provenance.update(facts, sessions=[*self._provenance.get("sessions", []), session])
         self._conclude("running", "")
 
     def load_checkpoint(self) -> dict[str, Any] | None:
@@ -98,8 +100,8 @@ class RunFolder:
 
     def end(self, status: str, reason: str, updates: int, **facts: Any) -> None:
         """Close the session and say how it ended."""
-        self._provenance["sessions"][-1]["end"] = _now()
-        self._provenance.update(facts, updates=updates, peak_memory_mib=_peak_memory())
+        self._provenance["sessions"][-1].update(end=_now(), peak_memory_mib=_peak_memory())
+        self._provenance.update(facts, updates=updates)
         self._conclude(status, reason)
 
     @contextmanager
@@ -131,7 +133,7 @@ def name(config: Config) -> str:
     """The name of a run's folder: what one looks for, and a hash over all that counts."""
     curvature = config.curvature_batch_size
     sizes = f"b{config.batch_size}" + ("" if curvature is None else f"-c{curvature}")
-    return f"{config.optimizer.name}-{sizes}-seed{config.seed}-{config_hash(config)}"
+    return f"{config.optimizer.name}-{sizes}-seed{config.seed}-{settings_hash(settings_of(config))}"
 
 
 def read_metrics(folder: Path) -> list[Row]:
@@ -178,8 +180,8 @@ def _write(path: Path, content: bytes | memoryview) -> None:
         raise
 
 
-def _circumstances() -> dict[str, Any]:
-    """What may matter for telling two runs apart, and is nobody's setting."""
+def _circumstances(device: str) -> dict[str, Any]:
+    """What may matter for telling two sessions apart, and is nobody's setting."""
     commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
     return {
         "git_commit": commit,
@@ -188,6 +190,7 @@ def _circumstances() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
+        "device": device,
         "threads": torch.get_num_threads(),
     }
 
@@ -202,7 +205,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _peak_memory() -> float:
-    """The process's peak memory in MiB, the GPU's if one was used."""
+    """The peak memory in MiB of the session on a GPU, else that of the process so far."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 1024

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
+from bdhf.config import settings_hash
 from bdhf.record import number, read_metrics, write_table
 
 #: Runs that ended, whichever way; the others have no curve to show yet.
@@ -28,21 +28,25 @@ Series = NDArray[np.float64]
 
 @dataclass(frozen=True, order=True)
 class CellKey:
-    """A cell of the grid: all runs that differ by seed only."""
+    """A cell of the grid: all runs that differ by seed only.
+
+    ``settings`` is a hash over everything else that changes a curve (`settings_hash`).
+    """
 
     experiment: str
     optimizer: str
     batch_size: int
     curvature_batch_size: int | None
+    settings: str
 
 
 @dataclass(frozen=True)
 class Curves:
-    """The curves of one cell, cut to the updates that all its seeds have.
+    """The curves of one cell.
 
     Attributes:
-        update: (points,) where the cell was evaluated.
-        columns: each other metric, (seeds, points); gaps are NaN.
+        update: (points,) where any of its seeds was evaluated.
+        columns: each other metric, (seeds, points); NaN in gaps, such as after a divergence.
         seeds: the seeds, in the order of the rows.
     """
 
@@ -81,17 +85,33 @@ def collect(results: Path, scale: str) -> tuple[int, list[str]]:
     return len(runs), left_out
 
 
-_IDENTITY = ("experiment", "optimizer", "batch_size", "curvature_batch_size", "seed", "run")
+_IDENTITY = (
+    "experiment",
+    "optimizer",
+    "batch_size",
+    "curvature_batch_size",
+    "settings",
+    "seed",
+    "run",
+)
 
 
 def _run_row(folder: Path, provenance: dict[str, Any]) -> dict[str, Any]:
     config = OmegaConf.load(folder / "config.yaml")
+    settings: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
     sessions = provenance["sessions"]
+
+    def all_of(key: str) -> Any:
+        """A session's fact; where sessions differ, each of them."""
+        found = list(dict.fromkeys(session[key] for session in sessions))
+        return found[0] if len(found) == 1 else " ".join(map(str, found))
+
     return {
         "experiment": config.experiment,
         "optimizer": config.optimizer.name,
         "batch_size": config.batch_size,
         "curvature_batch_size": config.curvature_batch_size,
+        "settings": settings_hash(settings, without=("seed",)),
         "seed": config.seed,
         "run": folder.name,
         "status": provenance["status"],
@@ -99,15 +119,15 @@ def _run_row(folder: Path, provenance: dict[str, Any]) -> dict[str, Any]:
         "updates": provenance["updates"],
         "full_train_loss": provenance.get("full_train_loss"),
         "full_train_accuracy": provenance.get("full_train_accuracy"),
-        "peak_memory_mib": round(provenance["peak_memory_mib"]),
+        "peak_memory_mib": round(max(s.get("peak_memory_mib", 0) for s in sessions)),
         "start": sessions[0]["start"],
         "end": sessions[-1]["end"],
         "sessions": len(sessions),
-        "device": provenance["device"],
-        "threads": provenance["threads"],
-        "torch": provenance["torch"],
-        "git_commit": provenance["git_commit"],
-        "git_dirty": provenance["git_dirty"],
+        "device": all_of("device"),
+        "threads": all_of("threads"),
+        "torch": all_of("torch"),
+        "git_commit": all_of("git_commit"),
+        "git_dirty": all_of("git_dirty"),
         "data": provenance["data"]["source"],
         "data_sha256": provenance["data"]["sha256"],
     }
@@ -131,6 +151,7 @@ def read_curves(results: Path, scale: str) -> dict[CellKey, Curves]:
                 row["optimizer"],
                 int(row["batch_size"]),
                 int(few) if few else None,
+                row["settings"],
             )
             metrics = {k: number(v) for k, v in row.items() if k not in _IDENTITY}
             runs.setdefault(key, {}).setdefault(int(row["seed"]), []).append(metrics)
@@ -138,16 +159,13 @@ def read_curves(results: Path, scale: str) -> dict[CellKey, Curves]:
 
 
 def _aligned(by_seed: dict[int, list[dict[str, float | int | None]]]) -> Curves:
-    """Curves over the updates that all seeds have (one that diverged is shorter)."""
-    shared = set.intersection(*({row["update"] for row in rows} for rows in by_seed.values()))
-    kept = {
-        seed: [row for row in rows if row["update"] in shared] for seed, rows in by_seed.items()
-    }
-    names = next(iter(kept.values()))[0].keys() - {"update"}
-    columns = {name: _array([r[name] for r in rows] for rows in kept.values()) for name in names}
-    update = np.array(sorted(u for u in shared if u is not None), dtype=np.float64)
-    return Curves(update, columns, list(kept))
+    """Curves over the updates that any seed has (one that diverged is shorter)."""
+    rows_at = [{int(row["update"] or 0): row for row in rows} for rows in by_seed.values()]
+    updates = sorted(set[int]().union(*rows_at))
+    names = next(iter(by_seed.values()))[0].keys() - {"update"}
 
+    def column(name: str) -> Series:
+        values = [[rows.get(update, {}).get(name) for update in updates] for rows in rows_at]
+        return np.array([[np.nan if v is None else v for v in row] for row in values], np.float64)
 
-def _array(rows: Iterable[list[float | int | None]]) -> Series:
-    return np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=np.float64)
+    return Curves(np.array(updates, np.float64), {n: column(n) for n in names}, list(by_seed))

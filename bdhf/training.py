@@ -98,14 +98,17 @@ class Progress:
     seconds: float = 0.0
     gradient_equivalents: float = 0.0
     initial_loss: float = math.nan
+    evaluated: int = -1  # the last update that has a row of metrics
+    divergence: str = ""  # why the run counts as diverged, once it does
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training ended."""
+    """How training ended, and the exit code a process that made nothing else should have."""
 
     status: Status
     reason: str
+    exit_code: int = 0
 
 
 @dataclass
@@ -134,33 +137,40 @@ class Training:
         self,
         on_row: Callable[[Row], None],
         on_update: Callable[[], None] = lambda: None,
-        stop_reason: Callable[[], str | None] = lambda: None,
+        stop: Callable[[], Outcome | None] = lambda: None,
     ) -> Outcome:
-        """Update until the budget is used up, the loss diverges or ``stop_reason`` gives one.
+        """Update until the budget is used up, the loss diverges or ``stop`` says so.
 
         Args:
             on_row: gets one row of metrics for each evaluation.
             on_update: called after every update and its evaluation (to write a checkpoint, say).
-            stop_reason: asked before every update.
+            stop: asked before every update; its answer, if any, is the outcome.
         """
         progress, sizes = self.progress, self.sizes
-        if math.isnan(progress.initial_loss):  # not continued, but new
-            row = self.evaluated()
-            progress.initial_loss = float(row["train_loss"] or 0.0)
-            on_row(row)
-        while progress.update < sizes.updates:
-            if reason := stop_reason():
-                return Outcome("stopped", reason)
+        if progress.evaluated < 0:  # not continued, but new
+            self._evaluate(on_row)
+        while progress.update < sizes.updates and not progress.divergence:
+            if (outcome := stop()) is not None:
+                return outcome
             self._update()
-            if progress.update % sizes.evaluate_every == 0 or progress.update == sizes.updates:
-                row = self.evaluated()
-                on_row(row)
-                if reason := self._divergence(row):
-                    return Outcome("diverged", reason)
+            if progress.update % sizes.evaluate_every == 0:
+                self._evaluate(on_row)
             on_update()
-        return Outcome("finished", f"{sizes.updates} updates")
+        if progress.evaluated < progress.update:
+            self._evaluate(on_row)
+        if progress.divergence:
+            return Outcome("diverged", progress.divergence)
+        return Outcome("finished", f"{progress.update} updates")
 
-    def evaluated(self) -> Row:
+    def _evaluate(self, on_row: Callable[[Row], None]) -> None:
+        row = self.metrics()
+        if self.progress.evaluated < 0:
+            self.progress.initial_loss = float(row["train_loss"] or 0.0)
+        self.progress.evaluated = self.progress.update
+        self.progress.divergence = self._divergence(row) or ""
+        on_row(row)
+
+    def metrics(self) -> Row:
         """One row of metrics at the current weights; the README says what each one means."""
         progress, problem = self.progress, self.problem
         report = self.optimizer.last_step

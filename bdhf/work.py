@@ -36,9 +36,14 @@ class Work:
     products: list[float]
 
     def of_update(self, report: StepReport, rows: int, curvature_rows: int | None) -> float:
-        """Gradient equivalents of an update on ``rows`` samples and ``curvature_rows`` of them."""
-        if curvature_rows is None or not report.blocks:
+        """Gradient equivalents of an update on ``rows`` samples, ``curvature_rows`` for curvature.
+
+        None means all of them. What ``micro_batch`` computes again to save memory is not counted.
+        """
+        if not report.blocks:
             return float(rows)
+        if curvature_rows is None:
+            curvature_rows = rows
         pairs = zip(report.blocks, self.products, strict=True)
         products = sum(block.products * cost for block, cost in pairs)
         return rows + curvature_rows * (self.linearization + products)

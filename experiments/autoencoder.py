@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bdhf import blocks_from_modules
 from bdhf.blocks import ParamGroup
+from bdhf.config import require
 from bdhf.data import Data, Images
 from bdhf.experiment import Experiment, main
 
@@ -22,6 +23,10 @@ class Settings:
     """Widths from the input to the code; the decoder is the mirror image."""
 
     widths: list[int] = MISSING
+
+    def __post_init__(self) -> None:
+        fits = len(self.widths) >= 2 and min(self.widths) >= 1
+        require(fits, "network.widths", self.widths, "two or more numbers, 1 or more each")
 
 
 class Autoencoder(nn.Module):
@@ -69,6 +74,8 @@ def blocks(model: Autoencoder) -> list[ParamGroup]:
 def prepare(images: Images, settings: Settings) -> tuple[Data, Data]:
     """Images are their own targets."""
     train, test = images.train[0].flatten(1), images.test[0].flatten(1)
+    pixels, widths = train.shape[1], settings.widths
+    require(widths[0] == pixels, "network.widths", widths, f"from {pixels} on, an image's pixels")
     return (train, train), (test, test)
 
 

@@ -14,6 +14,7 @@ from torch.nn.functional import avg_pool2d
 
 from bdhf import blocks_from_modules
 from bdhf.blocks import ParamGroup
+from bdhf.config import require
 from bdhf.data import Data, Images
 from bdhf.experiment import Experiment, correct, main
 
@@ -25,6 +26,11 @@ class Settings:
     layers: int = MISSING
     units: int = MISSING
     pool: int = MISSING
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "units", "pool"):
+            value = getattr(self, name)
+            require(value >= 1, f"network.{name}", value, "1 or more")
 
 
 class PeepholeLSTM(nn.Module):
@@ -98,6 +104,8 @@ def blocks(model: SequenceClassifier) -> list[ParamGroup]:
 
 def prepare(images: Images, settings: Settings) -> tuple[Data, Data]:
     """Average-pool the images and read them pixel by pixel, row after row."""
+    size = min(images.train[0].shape[2:])
+    require(settings.pool <= size, "network.pool", settings.pool, f"at most {size}, the image's")
 
     def read(pixels: Tensor, labels: Tensor) -> Data:
         return avg_pool2d(pixels, settings.pool).flatten(1), labels

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bdhf import blocks_from_modules
 from bdhf.blocks import ParamGroup
+from bdhf.config import require
 from bdhf.data import Data, Images
 from bdhf.experiment import Experiment, correct, main
 
@@ -23,6 +24,11 @@ class Settings:
 
     image_channels: int = MISSING
     channels: list[int] = MISSING
+
+    def __post_init__(self) -> None:
+        channels = self.channels
+        fits = len(channels) >= 2 and min(channels) >= 1
+        require(fits, "network.channels", channels, "two or more numbers, 1 or more each")
 
 
 class ResidualBlock(nn.Module):
@@ -79,6 +85,8 @@ def blocks(model: ResNet) -> list[ParamGroup]:
 
 def prepare(images: Images, settings: Settings) -> tuple[Data, Data]:
     """Standardise each channel by the training set's mean and standard deviation."""
+    found, expected = images.train[0].shape[1], settings.image_channels
+    require(found == expected, "network.image_channels", expected, f"{found}, as the images have")
     deviation, mean = torch.std_mean(images.train[0], dim=(0, 2, 3), keepdim=True)
 
     def standardise(pixels: Tensor, labels: Tensor) -> Data:

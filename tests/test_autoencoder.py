@@ -56,7 +56,7 @@ def test_loss_is_summed_over_pixels_and_averaged_over_images() -> None:
 def test_images_are_their_own_targets() -> None:
     pixels = torch.rand(5, 1, 4, 4)
     images = Images((pixels, torch.zeros(5)), (pixels[:2], torch.zeros(2)), "", "")
-    (inputs, targets), (test_inputs, _) = prepare(images, Settings([16]))
+    (inputs, targets), (test_inputs, _) = prepare(images, Settings([16, 2]))
     assert torch.equal(inputs, pixels.view(5, 16)) and torch.equal(targets, inputs)
     assert torch.equal(test_inputs, inputs[:2])
     assert EXPERIMENT.accuracy is None

@@ -68,6 +68,13 @@ def test_split_counts_tied_parameters_once() -> None:
     assert sum(sizes(groups)) == sum(p.numel() for p in model.parameters())
 
 
+def test_split_balances_what_is_trained() -> None:
+    model = nn.Sequential(*[nn.Linear(5, 5) for _ in range(4)])
+    model[0].requires_grad_(False)
+    model[1].requires_grad_(False)
+    assert sizes(bdhf.split_into_blocks(model, 2)) == [30, 30]
+
+
 @pytest.mark.parametrize("count", [0, 3])
 def test_split_refuses_impossible_counts(count: int) -> None:
     with pytest.raises(ValueError, match=rf"count={count}; must be between 1 and 2, the number"):

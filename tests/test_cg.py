@@ -198,13 +198,61 @@ def test_not_finite_product_returns_the_last_good_iterate(poison: float, good: i
     assert torch.equal(result.solution, expected)
 
 
-@pytest.mark.parametrize("where", ["b", "x0"])
-def test_not_finite_arguments_give_zeros(where: str) -> None:
-    matrix, b, x0 = positive_definite(4), vector(4), vector(4, seed=2)
-    (b if where == "b" else x0)[1] = float("nan")
+@pytest.mark.parametrize("warm", [False, True])
+def test_right_hand_side_that_is_not_finite_gives_zeros(warm: bool) -> None:
+    matrix, b = positive_definite(4), vector(4)
+    b[1] = float("nan")
+    x0 = vector(4, seed=2) if warm else None
     result = bdhf.conjugate_gradient(lambda v: matrix @ v, b, x0, max_iter=5)
     assert result.reason == "not finite" and result.iterations == 0 and result.value == 0
     assert torch.equal(result.solution, torch.zeros(4, dtype=torch.float64))
+
+
+def test_warm_start_that_is_not_finite_is_given_up() -> None:
+    matrix, b, x0 = positive_definite(6), vector(6), vector(6, seed=2)
+    x0[1] = float("inf")
+    result = bdhf.conjugate_gradient(lambda v: matrix @ v, b, x0, max_iter=4)
+    cold = bdhf.conjugate_gradient(lambda v: matrix @ v, b, max_iter=4)
+    assert torch.equal(result.solution, cold.solution)
+    assert (result.reason, result.iterations, result.value) == (
+        cold.reason,
+        cold.iterations,
+        cold.value,
+    )
+
+
+def test_breaking_down_above_zero_gives_zeros() -> None:
+    b, x0 = torch.ones(4, dtype=torch.float64), torch.full((4,), -100.0, dtype=torch.float64)
+    result = bdhf.conjugate_gradient(torch.zeros_like, b, x0, max_iter=5)
+    assert result.reason == "negative curvature" and result.value == 0
+    assert torch.equal(result.solution, torch.zeros(4, dtype=torch.float64))
+
+
+def test_step_that_overflows_is_not_taken() -> None:
+    b = torch.full((4,), 1e15)
+    result = bdhf.conjugate_gradient(lambda v: 1e-25 * v, b, max_iter=5)
+    assert result.reason == "not finite" and torch.equal(result.solution, torch.zeros(4))
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_damping_is_added_to_the_diagonal(warm: bool) -> None:
+    matrix, b = positive_definite(15), vector(15)
+    x0 = vector(15, seed=3) if warm else None
+    result = bdhf.conjugate_gradient(lambda v: matrix @ v, b, x0, residual_tol=1e-12, damping=0.7)
+    damped = matrix + 0.7 * torch.eye(15, dtype=torch.float64)
+    assert torch.allclose(result.solution, torch.linalg.solve(damped, b), rtol=1e-10)
+    x = result.solution
+    assert result.value == pytest.approx(float(0.5 * x @ damped @ x - b @ x), rel=1e-9)
+
+
+def test_damping_is_a_floor_under_curvature_that_would_count_as_rounding() -> None:
+    """One direction is ten million times stiffer than the damping that holds the others."""
+    spectrum = torch.tensor([1e5, 0, 0, 0, 0])
+    result = bdhf.conjugate_gradient(
+        lambda v: spectrum * v, torch.ones(5), max_iter=9, damping=0.01
+    )
+    assert result.reason == "converged"
+    assert torch.allclose(result.solution[1:], torch.full((4,), 100.0), rtol=1e-3)
 
 
 def test_float32_converges_to_rounding_and_says_so() -> None:
@@ -222,6 +270,7 @@ def test_float32_converges_to_rounding_and_says_so() -> None:
         ({"max_iter": 0}, r"max_iter=0; must be 1 or more, or None"),
         ({"tol": -1.0}, r"tol=-1.0; must be 0 \(off\) or a positive number"),
         ({"residual_tol": float("nan")}, r"residual_tol=nan; must be 0 \(off\) or a positive"),
+        ({"damping": -1.0, "max_iter": 1}, r"damping=-1.0; must be 0 or more and finite"),
         ({"x0": torch.zeros(3), "max_iter": 1}, r"x0 has shape \(3,\) and b \(4,\)"),
         ({"b": torch.ones(4, dtype=torch.int64), "max_iter": 1}, r"b has dtype torch.int64"),
         ({"matvec": lambda v: v[:2], "max_iter": 1}, r"matvec returned \(2,\) for a vector of"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,32 @@ def test_errors_are_one_message_without_a_traceback(
     assert done.returncode == 1
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "r").exists()
+
+
+def test_refused_run_does_not_end_a_sweep(tmp_path: Path) -> None:
+    done = call(
+        "experiments/autoencoder.py",
+        "--multirun",
+        *TINY_HF,
+        "optimizer=bdhf",
+        "optimizer.cg_max_iter=0,2",
+        f"results={tmp_path}",
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: optimizer.cg_max_iter=0: must be 1 or more\n"
+    assert done.stdout.count("finished, 4 updates") == 1
+
+
+def test_example_of_the_readme_runs(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(code.strip().splitlines()) <= 12
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    loss = float(done.stdout.split()[0])
+    assert loss < 0.5  # from log 3 = 1.1
+    assert "StepReport" in done.stdout
 
 
 def test_collect_without_runs_says_so(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
-from suite import EXPERIMENTS, TINY, TINY_HF, composed, config
+from suite import EXPERIMENTS, TINY, TINY_HF, composed, config, tiny
 
-from bdhf.config import ConfigError, check_against_data, checked, config_hash, settings_of
+from bdhf.config import ConfigError, check_against_data, checked, settings_hash, settings_of
 from bdhf.data import Images
 from bdhf.experiment import CONFIGS, make_optimizer, run
 
@@ -92,7 +92,7 @@ def test_documented_command_line_acts() -> None:
 
 def test_hash_covers_what_changes_the_curve_and_nothing_else() -> None:
     def hash_of(*overrides: str) -> str:
-        return config_hash(config("autoencoder", *TINY_HF, *overrides))
+        return settings_hash(settings_of(config("autoencoder", *TINY_HF, *overrides)))
 
     original = hash_of()
     assert original == hash_of()
@@ -161,6 +161,12 @@ def test_typos_and_wrong_types_are_refused_by_name(override: str, message: str) 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("+batchsize=7", r"^batchsize is not a key: must be one of batch_size, cell, "),
+        ("+optimizer.weigth_decay=1", r"^optimizer.weigth_decay is not a key: must be one of "),
+        ("+data.folder=x", r"^data.folder is not a key: must be one of name, root$"),
+        ("optimizer.name=adam", r"^optimizer.name=adam: must be hf or bdhf here; optimizer=adam,"),
+        ("network.widths=[64]", r"^network.widths=\[64\]: must be two or more numbers, 1 or more"),
+        ("network.widths=[64,0]", r"^network.widths=\[64, 0\]: must be two or more numbers"),
         ("optimizer.damping=-1", r"^optimizer.damping=-1.0: must be 0 or more, and finite$"),
         ("optimizer.damping=inf", r"^optimizer.damping=inf: must be 0 or more, and finite$"),
         ("optimizer.lr=nan", r"^optimizer.lr=nan: must be 0 or more"),
@@ -196,6 +202,9 @@ def test_values_out_of_range_are_refused_by_name(override: str, message: str) ->
     [
         ("optimizer.lr=-1", r"^optimizer.lr=-1.0: must be 0 or more"),
         ("optimizer.eps=-1", r"^optimizer.eps=-1.0: must be 0 or more"),
+        ("optimizer.betas=[0.9]", r"^optimizer.betas=\[0.9\]: must be two numbers from 0"),
+        ("optimizer.name=hf", r"^optimizer.name=hf: must be adam here; optimizer=adam, hf or"),
+        ("optimizer.name=sgd", r"^optimizer.name=sgd: must be one of adam, hf, bdhf$"),
         ("optimizer.betas=[0.9,1.0]", r"^optimizer.betas=\[0.9, 1.0\]: must be two numbers from 0"),
         ("curvature_batch_size=5", r"^curvature_batch_size=5: must be null for optimizer=adam$"),
     ],
@@ -203,6 +212,28 @@ def test_values_out_of_range_are_refused_by_name(override: str, message: str) ->
 def test_adams_values_out_of_range_are_refused_by_name(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config("autoencoder", "optimizer=adam", *TINY, override)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "override", "message"),
+    [
+        ("autoencoder", "network.widths=[10,5]", r"^network.widths=\[10, 5\]: must be from 64 on"),
+        ("autoencoder", "experiment=lstm", r"^experiment=lstm: must be autoencoder here; exper"),
+        ("lstm", "network.pool=9", r"^network.pool=9: must be at most 8, the image's"),
+        ("lstm", "network.units=0", r"^network.units=0: must be 1 or more$"),
+        ("lstm", "network.layers=-1", r"^network.layers=-1: must be 1 or more$"),
+        ("resnet", "network.image_channels=3", r"^network.image_channels=3: must be 1, as the im"),
+        ("resnet", "network.channels=[4]", r"^network.channels=\[4\]: must be two or more num"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused(
+    tmp_path: Path, experiment: str, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        values = tiny(experiment, "bdhf", override)
+        values.results = str(tmp_path / "r")
+        run(EXPERIMENTS[experiment], values)
+    assert not (tmp_path / "r").exists()
 
 
 def test_batch_larger_than_the_data_is_refused(tmp_path: object) -> None:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bdhf
 from bdhf.curvature import GaussNewton, flattened
+from bdhf.output_hessian import output_hessian, output_hessian_by_autograd
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 MASK_SEED = 7
@@ -195,6 +196,29 @@ def test_buffers_gradients_and_training_mode_are_left_alone() -> None:
     assert case.model.training
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tanh MLP, MSE mean",
+        "tanh MLP, F.mse_loss",
+        "cross-entropy mean",
+        "cross-entropy sum, smoothed",
+        "cross-entropy, ignored targets",
+        "BCE with logits mean",
+    ],
+)
+def test_output_hessians_of_torchs_losses_need_no_autograd(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(name, torch.float64)
+    outputs = case.model(case.batch[0]).detach()
+    vector = torch.randn_like(outputs)
+    (expected,) = output_hessian_by_autograd(case.criterion, outputs, case.batch[1])([vector])
+    monkeypatch.setattr(torch.autograd, "grad", None)  # would fail if it were called
+    (found,) = output_hessian(case.criterion, outputs, case.batch[1])([vector])
+    assert relative_error(found, expected) < 1e-12
+
+
 def test_half_precision_model_and_autocast_give_float32_products() -> None:
     exact = make_case("tanh MLP, MSE mean", torch.float32)
     half = make_case("tanh MLP, MSE mean", torch.bfloat16)
@@ -249,6 +273,13 @@ def test_reference_refuses_what_does_not_fit() -> None:
         bdhf.ggn_vector_product(
             case.model, case.criterion, case.batch, vector, blocks=[[torch.zeros(2)]]
         )
+    first = next(iter(case.model.parameters()))
+    with pytest.raises(ValueError, match="blocks overlap; each parameter belongs to one block"):
+        bdhf.ggn_vector_product(
+            case.model, case.criterion, case.batch, vector, blocks=[[first], [first]]
+        )
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        bdhf.ggn_vector_product(nn.Tanh(), case.criterion, case.batch, [])
     with pytest.raises(TypeError, match=r"batch is a Tensor; give a pair \(inputs, targets\)"):
         bdhf.ggn_vector_product(case.model, case.criterion, case.batch[0], vector)
     with pytest.raises(ValueError, match=r"criterion returned shape \(6, 3\); it must return a"):

@@ -304,6 +304,69 @@ def test_parameter_frozen_later_is_left_out() -> None:
     assert not torch.equal(case.blocks[0][0], before)
 
 
+def test_frozen_group_keeps_its_place_in_the_report() -> None:
+    case = make_case("cross-entropy mean", torch.float64)
+    opt = bdhf.BlockDiagonalHF(groups_of(case), **SETTINGS)
+    for p in case.blocks[0]:
+        p.requires_grad_(False)
+    opt.step(case.model, case.criterion, case.batch)
+    assert opt.last_step is not None
+    assert [b.iterations for b in opt.last_step.blocks] == [0, 6]
+
+
+def test_half_precision_model_is_solved_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Class weights included, which are half precision too."""
+    case = make_case("cross-entropy, class weights", torch.bfloat16)
+    seen: list[torch.dtype] = []
+    solve = bdhf.optimizer.conjugate_gradient
+
+    def spy(matvec: Any, b: Any, *rest: Any, **settings: Any) -> Any:
+        seen.extend(vector.dtype for vector in b)
+        return solve(matvec, b, *rest, **settings)
+
+    monkeypatch.setattr(bdhf.optimizer, "conjugate_gradient", spy)
+    opt = bdhf.BlockDiagonalHF(groups_of(case), **SETTINGS)
+    before = [p.clone() for p in case.model.parameters()]
+    opt.step(case.model, case.criterion, case.batch)
+    assert seen == [torch.float32] * 2
+    assert case.criterion.weight.dtype == torch.bfloat16
+    assert not any(torch.equal(p, q) for p, q in zip(before, case.model.parameters(), strict=True))
+
+
+def test_sparse_gradients_of_an_embedding() -> None:
+    weights = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(6, 3, sparse=sparse), nn.Flatten(), nn.Linear(6, 2))
+        inputs, targets = torch.randint(6, (5, 2)), torch.randint(2, (5,))
+        bdhf.batches.loss_and_gradient(
+            model, nn.CrossEntropyLoss(), (inputs, targets), list(model.parameters())
+        )
+        weights.append(model[0].weight.grad)
+    assert torch.equal(*weights)
+
+
+def test_torchs_own_lstm_and_empty_batches() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.readout = nn.LSTM(2, 3, batch_first=True), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.readout(self.lstm(x)[0][:, -1])
+
+    model, loss = Reader(), nn.CrossEntropyLoss()
+    batch = torch.randn(5, 4, 2), torch.randint(2, (5,))
+    vector = [torch.randn_like(p) for p in model.parameters()]
+    product = bdhf.ggn_vector_product(model, loss, batch, vector)
+    matrix = bdhf.curvature.GaussNewton(model, loss, batch, [list(model.parameters())])
+    (found,) = matrix.products([flattened(vector, torch.float32)])
+    assert torch.allclose(found, flattened(product, torch.float32), rtol=1e-3, atol=1e-6)
+    opt = bdhf.BlockDiagonalHF(model.parameters())
+    with pytest.raises(ValueError, match="inputs hold an empty batch; give at least one row"):
+        opt.step(model, loss, (batch[0][:0], batch[1][:0]), micro_batch=2)
+
+
 def test_inputs_may_be_a_tuple_or_a_dict() -> None:
     class Sum(nn.Module):
         def __init__(self) -> None:
@@ -330,6 +393,9 @@ def test_inputs_may_be_a_tuple_or_a_dict() -> None:
     [
         ({"lr": -0.1}, r"lr=-0.1; must be 0 or more and finite"),
         ({"lr": float("nan")}, r"lr=nan; must be 0 or more and finite"),
+        ({"lr": "0.1"}, r"lr='0.1'; must be a number, 0 or more"),
+        ({"lr": None}, r"lr=None; must be a number, 0 or more"),
+        ({"damping": True}, r"damping=True; must be a number, 0 or more"),
         ({"damping": -1}, r"damping=-1; must be 0 or more and finite"),
         ({"damping": float("inf")}, r"damping=inf; must be 0 or more and finite"),
         ({"cg_max_iter": 0}, r"cg_max_iter=0; must be 1 or more and finite"),
@@ -361,6 +427,8 @@ def test_refusals_of_step() -> None:
     loss = nn.MSELoss()
     with pytest.raises(TypeError, match=r"got a function as model; step\(\) takes no closure: it"):
         opt.step(lambda: loss(model(batch[0]), batch[1]))
+    with pytest.raises(TypeError, match=r"got a function as model; step\(\) takes no closure: it"):
+        opt.step(model, loss, batch, closure=lambda: loss(model(batch[0]), batch[1]))
     with pytest.raises(TypeError, match=r"got a NoneType as model\. Call it as opt\.step\(model"):
         opt.step(None)
     with pytest.raises(ValueError, match=r"step\(\) needs a criterion"):
@@ -382,6 +450,15 @@ def test_refusals_of_step() -> None:
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter in the param groups requires a gradient"):
         opt.step(model, loss, batch)
+
+
+def test_refused_batch_changes_nothing() -> None:
+    case = make_case("batch norm", torch.float64)
+    opt = bdhf.BlockDiagonalHF(groups_of(case))
+    with pytest.raises(TypeError, match="curvature_batch is a Tensor"):
+        opt.step(case.model, case.criterion, case.batch, case.batch[0])
+    assert case.model[1].num_batches_tracked == 0
+    assert all(p.grad is None for p in case.model.parameters())
 
 
 def test_refused_step_changes_nothing() -> None:

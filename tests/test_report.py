@@ -11,9 +11,10 @@ import pytest
 from matplotlib import pyplot
 from suite import EXPERIMENTS, tiny
 
+from bdhf.config import settings_hash, settings_of
 from bdhf.experiment import run
 from bdhf.figures import draw_figures
-from bdhf.record import read_metrics
+from bdhf.record import read_metrics, write_table
 from bdhf.report import CellKey, collect, read_curves
 
 
@@ -32,7 +33,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-BDHF = CellKey("autoencoder", "bdhf", 60, 20)
+def key(optimizer: str, curvature: int | None, *overrides: str) -> CellKey:
+    settings = settings_of(tiny("autoencoder", optimizer, *overrides))
+    return CellKey("autoencoder", optimizer, 60, curvature, settings_hash(settings, ("seed",)))
+
+
+BDHF = key("bdhf", 20)
 
 
 def test_table_holds_every_row_of_every_ended_run_once(results: Path) -> None:
@@ -62,11 +68,7 @@ def test_collecting_twice_changes_nothing(results: Path) -> None:
 def test_curves_come_back_by_cell_and_seed(results: Path) -> None:
     collect(results, "demo")
     curves = read_curves(results, "demo")
-    assert set(curves) == {
-        CellKey("autoencoder", "adam", 60, None),
-        CellKey("autoencoder", "hf", 60, 20),
-        BDHF,
-    }
+    assert set(curves) == {key("adam", None), key("hf", 20), BDHF}
     cell = curves[BDHF]
     assert cell.seeds == [0, 1] and cell.update.tolist() == [0, 2, 4]
     assert cell.columns["train_loss"].shape == (2, 3)
@@ -115,6 +117,34 @@ def test_figure_shows_what_the_table_says(results: Path, monkeypatch: pytest.Mon
         heights = band.get_paths()[0].vertices[:, 1]
         assert heights.min() == curves.columns[metric][:, 1:].min()
         assert heights.max() == curves.columns[metric][:, 1:].max()
+
+
+def test_runs_with_other_settings_are_other_curves(tmp_path: Path) -> None:
+    """The README's `optimizer.lr=0.05` must not be averaged with the shipped cell."""
+    for override in ("seed=0", "optimizer.lr=0.05", "evaluate_every=1"):
+        values = tiny("autoencoder", "bdhf", override)
+        values.results = str(tmp_path)
+        run(EXPERIMENTS["autoencoder"], values)
+    collect(tmp_path, "demo")
+    curves = read_curves(tmp_path, "demo")
+    assert len(curves) == 3 and all(c.columns["epoch"].shape[0] == 1 for c in curves.values())
+    svg = draw_figures(tmp_path, "demo")[1].read_text()
+    for cell in curves:
+        assert f"curvature 20 (settings {cell.settings})" in svg
+
+
+def test_a_seed_that_diverged_does_not_hide_the_others(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        values = tiny("autoencoder", "adam", f"seed={seed}")
+        values.results = str(tmp_path)
+        folder = run(EXPERIMENTS["autoencoder"], values)
+    rows = read_metrics(folder.path)[:2]
+    write_table(folder.path / "metrics.csv", rows)
+    collect(tmp_path, "demo")
+    (curves,) = read_curves(tmp_path, "demo").values()
+    assert curves.update.tolist() == [0, 2, 4]
+    assert np.isnan(curves.columns["train_loss"]).tolist() == [3 * [False], [False, False, True]]
+    assert len(draw_figures(tmp_path, "demo")) == 2
 
 
 def test_missing_table_says_how_to_make_it(tmp_path: Path) -> None:

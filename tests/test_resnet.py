@@ -60,7 +60,7 @@ def test_channels_are_standardised_by_the_training_set() -> None:
     test = torch.rand(9, 3, 4, 4)
     labels = torch.arange(50)
     images = Images((train, labels), (test, labels[:9]), "", "")
-    (inputs, targets), (others, _) = prepare(images, Settings(3, [16]))
+    (inputs, targets), (others, _) = prepare(images, Settings(3, [16, 32]))
     assert torch.allclose(inputs.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
     assert torch.allclose(inputs.std((0, 2, 3)), torch.ones(3), rtol=1e-5)
     assert torch.equal(targets, labels)

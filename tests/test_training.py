@@ -25,6 +25,7 @@ from bdhf.optimizer import StepReport
 from bdhf.progress import ProgressDisplay
 from bdhf.record import RunFolder, read_metrics
 from bdhf.training import (
+    Outcome,
     Problem,
     Progress,
     Row,
@@ -268,6 +269,50 @@ def test_larger_budget_continues_the_folder(tmp_path: Path) -> None:
     assert len(provenance["sessions"]) == 2 and provenance["updates"] == 7
 
 
+def test_smaller_budget_than_what_is_done_ends_with_what_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bdhf.experiment, "_PROCESS_START", float("inf"))
+    stops = iter([None, None, None, Outcome("stopped", "enough")])
+    original = Training.run
+
+    def stopped(training: Training, on_row, on_update, stop) -> Outcome:
+        return original(training, on_row, on_update, lambda: next(stops))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "run", stopped)
+        with pytest.raises(SystemExit):
+            make(tmp_path, "updates=9")
+    folder = make(tmp_path, "updates=1")
+    provenance = json.loads((folder.path / "provenance.json").read_text())
+    assert (provenance["reason"], provenance["updates"]) == ("3 updates", 3)
+    assert [row["update"] for row in metrics(folder)] == [0, 2, 3]
+    assert metrics(make(tmp_path, "updates=6")) == metrics(make(tmp_path / "whole", "updates=6"))
+
+
+def test_divergence_survives_a_kill_before_it_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "end", lambda *arguments, **facts: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(tmp_path, "optimizer.lr=1e6", optimizer="adam")
+    folder = make(tmp_path, "optimizer.lr=1e6", optimizer="adam")
+    assert folder.status == "diverged"
+    assert metrics(folder) == metrics(make(tmp_path / "w", "optimizer.lr=1e6", optimizer="adam"))
+
+
+def test_sessions_keep_their_own_circumstances(tmp_path: Path) -> None:
+    make(tmp_path, "updates=2")
+    torch.set_num_threads(2)
+    try:
+        folder = make(tmp_path, "updates=4")
+    finally:
+        torch.set_num_threads(1)
+    sessions = json.loads((folder.path / "provenance.json").read_text())["sessions"]
+    assert [session["threads"] for session in sessions] == [1, 2]
+
+
 def test_folder_of_a_run(tmp_path: Path) -> None:
     folder = make(tmp_path)
     relative = folder.path.relative_to(tmp_path)
@@ -277,9 +322,11 @@ def test_folder_of_a_run(tmp_path: Path) -> None:
     assert names == {"config.yaml", "metrics.csv", "provenance.json", "checkpoint.pt"}
     provenance = json.loads((folder.path / "provenance.json").read_text())
     assert provenance["status"] == "finished" and provenance["reason"] == "4 updates"
-    assert provenance["data"]["sha256"] and provenance["torch"] == torch.__version__
-    assert provenance["device"] == "cpu" and provenance["threads"] == torch.get_num_threads()
-    assert provenance["full_train_loss"] > 0 and provenance["peak_memory_mib"] > 1
+    assert provenance["data"]["sha256"] and provenance["full_train_loss"] > 0
+    (session,) = provenance["sessions"]
+    assert session["torch"] == torch.__version__ and session["device"] == "cpu"
+    assert session["threads"] == torch.get_num_threads() and session["peak_memory_mib"] > 1
+    assert session["start"] <= session["end"]
     with (folder.path / "metrics.csv").open() as file:
         header = next(csv.reader(file))
     assert header == [
