@@ -7,8 +7,7 @@ VENV   ?= .venv
 
 RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.ready
-# Every cell of an experiment at SCALE; what is finished is skipped, so repeating it resumes.
-SWEEP   = $(RUN) experiments/$(1).py --multirun scale=$(SCALE) $(addprefix seed=,$(SEEDS))
+SWEEP  := $(RUN) scripts/reproduce.py scale=$(SCALE) $(addprefix seed=,$(SEEDS))
 
 .DEFAULT_GOAL := help
 EXPERIMENTS := autoencoder lstm resnet
@@ -38,14 +37,14 @@ demo: $(READY) ## all experiments and optimizers, small: two to three minutes, n
 	@$(MAKE) --no-print-directory reproduce-all SCALE=demo
 
 reproduce-all: $(READY) ## every figure: every cell of every experiment at SCALE
-	for experiment in $(EXPERIMENTS); do $(call SWEEP,$$experiment) || exit; done
+	$(SWEEP) all
 	@$(MAKE) --no-print-directory collect figures
 
 reproduce-autoencoder: ## figure 1
 reproduce-lstm: ## figure 2
 reproduce-resnet: ## figure 3
 $(addprefix reproduce-,$(EXPERIMENTS)): reproduce-%: $(READY)
-	$(call SWEEP,$*)
+	$(SWEEP) $*
 	@$(MAKE) --no-print-directory collect figures
 
 collect: $(READY) ## merge run folders into results/SCALE/curves.csv

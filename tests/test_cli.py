@@ -52,6 +52,19 @@ def test_sweep_collect_and_figures(tmp_path: Path) -> None:
         assert Path(line).stat().st_size > 1000
 
 
+def test_experiments_are_reproduced_in_one_process(tmp_path: Path) -> None:
+    """As `make demo` does, with a bad value for one of the experiments."""
+    sizes = (*TINY[:4], "optimizer=bdhf", "curvature_batch_size=20", "optimizer.cg_max_iter=2")
+    results = f"results={tmp_path}"
+    done = call("scripts/reproduce.py", "autoencoder", "resnet", results, *sizes, "updates=1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished, 1 updates") == 2
+    again = call("scripts/reproduce.py", "all", results, *sizes, "updates=1", "data.name=svhn")
+    assert again.returncode == 1 and again.stderr.count("error: data.name=svhn: must be") == 3
+    unknown = call("scripts/reproduce.py", "vae", results)
+    assert unknown.stderr == "error: vae: must be all or one of autoencoder, lstm, resnet\n"
+
+
 def test_runs_from_any_folder(tmp_path: Path) -> None:
     done = call("experiments/autoencoder.py", *TINY_HF, "updates=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
