@@ -27,9 +27,12 @@ _MODULE_OF: dict[Any, nn.Module] = {
 
 
 def checked_batch(batch: Any, name: str = "batch") -> Batch:
-    """The pair in ``batch``; TypeError if it is none."""
+    """The pair in ``batch``; TypeError if it is none, ValueError if it is empty."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise TypeError(f"{name} is a {type(batch).__name__}; give a pair (inputs, targets)")
+    for leaf in tree_leaves(batch[0]):
+        if isinstance(leaf, Tensor) and leaf.ndim and not len(leaf):
+            raise ValueError(f"{name} is empty; give at least one row")
     return batch[0], batch[1]
 
 
@@ -62,8 +65,6 @@ def row_count(batch: Batch) -> int:
     """The number of samples: the length of the first tensor among the inputs."""
     for leaf in tree_leaves(batch[0]):
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
-            if leaf.shape[0] == 0:
-                raise ValueError("inputs hold an empty batch; give at least one row")
             return leaf.shape[0]
     raise ValueError("inputs hold no tensor with a batch dimension, so they cannot be cut")
 
@@ -85,7 +86,7 @@ def pieces(
     if micro_batch is None:
         yield 1.0, batch
         return
-    if micro_batch < 1:
+    if not isinstance(micro_batch, int) or micro_batch < 1:
         raise ValueError(f"micro_batch={micro_batch}; must be 1 or more, or None for one piece")
     rows = row_count(batch)
     if micro_batch >= rows:

@@ -59,8 +59,10 @@ def split_into_blocks(model: nn.Module, count: int) -> list[ParamGroup]:
     Raises:
         ValueError: ``count`` is not between 1 and the number of modules with parameters.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; give the module to split")
     layers = _layers(model)
-    if not 1 <= count <= len(layers):
+    if not isinstance(count, int) or not 1 <= count <= len(layers):
         raise ValueError(
             f"count={count}; must be between 1 and {len(layers)}, the number of modules of "
             f"{type(model).__name__} that have trainable parameters of their own"

@@ -123,7 +123,7 @@ def run(experiment: Experiment, config: Config) -> RunFolder:
     folder = RunFolder(config)
     done = folder.status == "finished" and folder.updates_done >= config.updates
     if done or folder.status == "diverged":
-        print(f"{folder.path}: {folder.status} already")
+        print(f"{folder.path}: {folder.status} already, with {folder.updates_done} updates")
         return folder
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -137,7 +137,7 @@ def run(experiment: Experiment, config: Config) -> RunFolder:
         _close(folder, training, outcome)
     print(f"{folder.path}: {outcome.status}, {outcome.reason}")
     if outcome.status == "stopped":
-        print("Repeat the command to continue.")
+        print(f"Repeat the command to continue from update {training.progress.update}.")
         sys.exit(outcome.exit_code)
     return folder
 

@@ -125,7 +125,7 @@ class BlockDiagonalHF(Optimizer):
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
-        model: nn.Module,
+        model: nn.Module | None = None,
         criterion: Criterion | None = None,
         batch: Batch | None = None,
         curvature_batch: Batch | None = None,
@@ -161,6 +161,7 @@ class BlockDiagonalHF(Optimizer):
                 trainable, or ``micro_batch`` would change the result.
         """
         _check_arguments(model if closure is None else closure, criterion, batch, curvature_batch)
+        assert model is not None
         assert criterion is not None
         if batch is not None:
             batch = checked_batch(batch, "batch")
@@ -280,6 +281,10 @@ def _check_arguments(
         )
     if criterion is None:
         raise ValueError("step() needs a criterion: opt.step(model, criterion, (inputs, targets))")
+    if isinstance(criterion, type):
+        raise TypeError(
+            f"criterion is the class {criterion.__name__}; give a loss: {criterion.__name__}()"
+        )
     if batch is None and curvature_batch is None:
         raise ValueError("batch=None uses the gradients in p.grad and then needs a curvature_batch")
 

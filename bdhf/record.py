@@ -109,7 +109,7 @@ class RunFolder:
         """Whatever is raised inside is written to the folder before it goes on its way."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # also an exit: a display whose pipe is closed ends so
             _write(self.path / "error.log", traceback.format_exc().encode())
             self._provenance["sessions"][-1]["end"] = _now()
             self._conclude("failed", f"{type(error).__name__}: {error}")

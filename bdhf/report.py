@@ -56,10 +56,12 @@ class Curves:
 
 
 def collect(results: Path, scale: str) -> tuple[int, list[str]]:
-    """Merge the run folders of a scale into ``results/<scale>/``.
+    """Merge the run folders of a scale into the tables in ``results/<scale>/``.
+
+    Runs of the tables whose folders are not here stay, as do longer runs than the folders'.
 
     Returns:
-        How many runs went in, and which were left out and why.
+        How many runs went in or were renewed, and which folders were left out and why.
     """
     rows: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
@@ -77,12 +79,35 @@ def collect(results: Path, scale: str) -> tuple[int, list[str]]:
         runs.append(run)
         identity = {key: run[key] for key in _IDENTITY}
         rows += [{**identity, **row} for row in read_metrics(folder)]
-    if runs:
-        target = results / scale
+    target = results / scale
+    kept = _not_superseded(target / "runs.csv", runs)
+    superseding = [run for run in runs if run["run"] not in kept]
+    if superseding:
         target.mkdir(parents=True, exist_ok=True)
-        write_table(target / "runs.csv", runs)
-        write_table(target / "curves.csv", rows)
-    return len(runs), left_out
+        new = {run["run"] for run in superseding}
+        for name, added in (("runs.csv", superseding), ("curves.csv", rows)):
+            old = [row for row in _read_table(target / name) if row["run"] in kept]
+            merged = [*old, *(row for row in added if row["run"] in new)]
+            write_table(target / name, sorted(merged, key=lambda row: row["run"]))
+    left_out += [f"{run['run']}: the table has a longer one" for run in runs if run["run"] in kept]
+    return len(superseding), left_out
+
+
+def _not_superseded(table: Path, runs: list[dict[str, Any]]) -> set[str]:
+    """The table's runs that stay: those without a folder here, or with a shorter one."""
+    updates = {run["run"]: run["updates"] for run in runs}
+    return {
+        row["run"]
+        for row in _read_table(table)
+        if int(row["updates"]) > updates.get(row["run"], -1)
+    }
+
+
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 _IDENTITY = (

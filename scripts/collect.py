@@ -18,9 +18,10 @@ def main() -> None:
     count, left_out = collect(arguments.results, arguments.scale)
     for line in left_out:
         print(f"left out: {line}")
-    if not count:
+    table = arguments.results / arguments.scale / "curves.csv"
+    if not count and not table.exists():
         sys.exit(f"error: no finished run under {arguments.results / 'runs' / arguments.scale}")
-    print(f"{arguments.results / arguments.scale / 'curves.csv'}: {count} runs")
+    print(f"{table}: {count} runs added or renewed")
 
 
 if __name__ == "__main__":

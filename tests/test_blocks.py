@@ -75,7 +75,12 @@ def test_split_balances_what_is_trained() -> None:
     assert sizes(bdhf.split_into_blocks(model, 2)) == [30, 30]
 
 
-@pytest.mark.parametrize("count", [0, 3])
+def test_split_wants_the_module() -> None:
+    with pytest.raises(TypeError, match="model is a generator; give the module to split"):
+        bdhf.split_into_blocks(nn.Linear(2, 2).parameters(), 1)
+
+
+@pytest.mark.parametrize("count", [0, 3, 1.5])
 def test_split_refuses_impossible_counts(count: int) -> None:
     with pytest.raises(ValueError, match=rf"count={count}; must be between 1 and 2, the number"):
         bdhf.split_into_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), count)

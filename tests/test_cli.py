@@ -45,7 +45,7 @@ def test_sweep_collect_and_figures(tmp_path: Path) -> None:
     assert "update 4/4" in sweep.stdout and "CG 5+5" in sweep.stdout  # plain lines: no terminal
     assert "\x1b[" not in sweep.stdout
     collected = call("scripts/collect.py", "demo", "--results", str(tmp_path))
-    assert collected.returncode == 0 and "2 runs" in collected.stdout
+    assert collected.returncode == 0 and "2 runs added" in collected.stdout
     drawn = call("scripts/figures.py", "demo", "--results", str(tmp_path))
     assert drawn.returncode == 0, drawn.stderr
     for line in drawn.stdout.splitlines():

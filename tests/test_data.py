@@ -207,6 +207,9 @@ def test_without_a_network_the_message_names_files_and_places(
     nobody = "http://127.0.0.1:9/"  # nothing listens there
     monkeypatch.setattr(MNIST, "mirrors", [nobody])
     monkeypatch.setattr(CIFAR10, "url", nobody)
+    with pytest.raises(DataError, match="cannot be downloaded"):
+        load("mnist", str(tmp_path / "mistyped"))
+    assert not (tmp_path / "mistyped").exists()
     with pytest.raises(DataError) as caught:
         load("mnist", str(tmp_path))
     for part in (*NAMES, str(tmp_path / "MNIST" / "raw"), "Put the four files into one of these"):

@@ -363,8 +363,10 @@ def test_torchs_own_lstm_and_empty_batches() -> None:
     (found,) = matrix.products([flattened(vector, torch.float32)])
     assert torch.allclose(found, flattened(product, torch.float32), rtol=1e-3, atol=1e-6)
     opt = bdhf.BlockDiagonalHF(model.parameters())
-    with pytest.raises(ValueError, match="inputs hold an empty batch; give at least one row"):
+    with pytest.raises(ValueError, match="^batch is empty; give at least one row"):
         opt.step(model, loss, (batch[0][:0], batch[1][:0]), micro_batch=2)
+    with pytest.raises(ValueError, match="^curvature_batch is empty; give at least one row"):
+        opt.step(model, loss, batch, (batch[0][:0], batch[1][:0]))
 
 
 def test_inputs_may_be_a_tuple_or_a_dict() -> None:
@@ -429,6 +431,12 @@ def test_refusals_of_step() -> None:
         opt.step(lambda: loss(model(batch[0]), batch[1]))
     with pytest.raises(TypeError, match=r"got a function as model; step\(\) takes no closure: it"):
         opt.step(model, loss, batch, closure=lambda: loss(model(batch[0]), batch[1]))
+    with pytest.raises(TypeError, match=r"takes no closure"):
+        opt.step(closure=lambda: loss(model(batch[0]), batch[1]))
+    with pytest.raises(
+        TypeError, match=r"criterion is the class MSELoss; give a loss: MSELoss\(\)"
+    ):
+        opt.step(model, nn.MSELoss, batch)
     with pytest.raises(TypeError, match=r"got a NoneType as model\. Call it as opt\.step\(model"):
         opt.step(None)
     with pytest.raises(ValueError, match=r"step\(\) needs a criterion"):
@@ -445,8 +453,9 @@ def test_refusals_of_step() -> None:
         opt.step(nn.Linear(3, 2), loss, batch)
     with pytest.raises(ValueError, match=r"criterion returned shape \(4, 2\); it must return a sc"):
         opt.step(model, nn.MSELoss(reduction="none"), batch)
-    with pytest.raises(ValueError, match="micro_batch=0; must be 1 or more, or None"):
-        opt.step(model, loss, batch, micro_batch=0)
+    for size in (0, 2.5):
+        with pytest.raises(ValueError, match=f"micro_batch={size}; must be 1 or more, or None"):
+            opt.step(model, loss, batch, micro_batch=size)
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter in the param groups requires a gradient"):
         opt.step(model, loss, batch)

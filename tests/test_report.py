@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,22 @@ def test_collecting_twice_changes_nothing(results: Path) -> None:
     before = [table.read_bytes() for table in tables]
     collect(results, "demo")
     assert [table.read_bytes() for table in tables] == before
+
+
+def test_runs_without_a_folder_stay_in_the_table(results: Path, tmp_path: Path) -> None:
+    """The committed table of a fresh clone, say; and a shorter run does not replace a longer."""
+    shutil.copytree(results, tmp_path / "r")
+    collect(tmp_path / "r", "demo")
+    names = ("curves.csv", "runs.csv")
+    before = [(tmp_path / "r" / "demo" / name).read_text() for name in names]
+    folders = sorted((tmp_path / "r" / "runs" / "demo" / "autoencoder").glob("*-*-seed*"))
+    for folder in folders[1:]:
+        shutil.rmtree(folder)
+    provenance = json.loads((folders[0] / "provenance.json").read_text())
+    (folders[0] / "provenance.json").write_text(json.dumps({**provenance, "updates": 1}))
+    count, left_out = collect(tmp_path / "r", "demo")
+    assert count == 0 and any("the table has a longer one" in line for line in left_out)
+    assert [(tmp_path / "r" / "demo" / name).read_text() for name in names] == before
 
 
 def test_curves_come_back_by_cell_and_seed(results: Path) -> None:

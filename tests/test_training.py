@@ -257,7 +257,7 @@ def test_finished_run_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[s
     before = {p.name: p.stat().st_mtime_ns for p in folder.path.iterdir()}
     assert make(tmp_path).status == "finished"
     assert {p.name: p.stat().st_mtime_ns for p in folder.path.iterdir()} == before
-    assert "finished already" in capsys.readouterr().out
+    assert "finished already, with 4 updates" in capsys.readouterr().out
 
 
 def test_larger_budget_continues_the_folder(tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_time_limit_stops_with_a_checkpoint(
     with pytest.raises(SystemExit) as stopped:
         make(tmp_path / "cut", "time_limit=50")
     assert stopped.value.code == 0
-    assert "Repeat the command to continue." in capsys.readouterr().out
+    assert "Repeat the command to continue from update 0." in capsys.readouterr().out
     assert metrics(make(tmp_path / "cut")) == expected
 
 

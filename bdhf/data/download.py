@@ -20,6 +20,7 @@ def download(
     Raises:
         DataError: the data set cannot be downloaded, or what came is not what it should be.
     """
+    was_there = root.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as temporary:
@@ -29,6 +30,8 @@ def download(
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
     except (OSError, RuntimeError, EOFError) as error:
+        if not was_there and root.exists() and not any(root.iterdir()):
+            root.rmdir()  # perhaps a mistyped name
         raise DataError(
             f"{name} is not there and cannot be downloaded ({one_line(error)}). Looked for "
             f"{looked_for}. {remedy}, or name their folder with data.root=FOLDER or "
