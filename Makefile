@@ -59,7 +59,7 @@ test: $(READY) ## style, types and tests; minutes
 	$(RUN) -m mypy
 	$(RUN) -m pytest
 
-test-slow: $(READY) ## the tests that take minutes each, on real MNIST where it is found
+test-slow: $(READY) ## the tests that take minutes each, on real data where BDHF_DATA has it
 	$(RUN) -m pytest -m slow
 
 clean: ## remove the virtual environment and caches (not results)

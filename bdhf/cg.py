@@ -222,10 +222,11 @@ class _System:
         product = self._damped(product, self.p)
         curvature = _dot(self.p, product)
         self.stiffest = torch.maximum(self.stiffest, curvature / self.pp)
-        # Damping is a floor under the curvature that rounding does not reach.
-        usable = curvature > self.curvature_bound * self.stiffest * self.pp
-        if self.damping > 0:
-            usable |= curvature >= 0.5 * self.damping * self.pp
+        # Damping is a floor under the curvature; unless it is lost in rounding itself, half of it
+        # is enough.
+        bound = self.curvature_bound * self.stiffest
+        bound = torch.where(self.damping > 0.01 * bound, 0.5 * self.damping, bound)
+        usable = curvature > bound * self.pp
         length = self.rr / curvature
         # The fall of the quadratic over an exact step; sums of falls lose no digits, whereas
         # -½ xᵀ(b + r) would cost two more passes over the vectors.

@@ -30,6 +30,7 @@ import torch
 from omegaconf import OmegaConf
 
 from bdhf.config import Config, settings_hash, settings_of
+from bdhf.data import DataError
 from bdhf.training import Row
 
 
@@ -57,7 +58,17 @@ class RunFolder:
         return int(self._provenance.get("updates", 0))
 
     def begin(self, config: Config, facts: dict[str, Any]) -> None:
-        """Open the folder for a session of training."""
+        """Open the folder for a session of training.
+
+        Raises:
+            DataError: the run was begun on other data.
+        """
+        before, now = self._provenance.get("data"), facts["data"]
+        if before is not None and before["sha256"] != now["sha256"]:
+            raise DataError(
+                f"{self.path} was begun on other data ({before['source']}) than data.root has now "
+                f"({now['source']}); name the first one's folder, or another results=FOLDER"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()

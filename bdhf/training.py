@@ -153,7 +153,7 @@ class Training:
             if (outcome := stop()) is not None:
                 return outcome
             self._update()
-            if progress.update % sizes.evaluate_every == 0:
+            if progress.update % sizes.evaluate_every == 0 or progress.update == sizes.updates:
                 self._evaluate(on_row)
             on_update()
         if progress.evaluated < progress.update:

@@ -27,6 +27,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         channels = self.channels
+        require(
+            self.image_channels >= 1, "network.image_channels", self.image_channels, "1 or more"
+        )
         fits = len(channels) >= 2 and min(channels) >= 1
         require(fits, "network.channels", channels, "two or more numbers, 1 or more each")
 

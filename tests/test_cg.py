@@ -176,6 +176,15 @@ def test_singular_matrix_with_b_outside_its_range_stays_bounded(dtype: torch.dty
     assert result.solution.norm() < 1e5
 
 
+@pytest.mark.parametrize("damping", [1e-12, 1e-9])
+def test_damping_lost_in_rounding_is_no_floor(damping: float) -> None:
+    basis, _ = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+    matrix = basis[:, :3] @ torch.diag(torch.tensor([3.0, 2.0, 1.0])) @ basis[:, :3].T
+    b = vector(8).float()
+    result = bdhf.conjugate_gradient(lambda v: matrix @ v, b, max_iter=50, damping=damping)
+    assert result.reason == "negative curvature" and result.iterations == 3
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("good", [0, 3])
 def test_not_finite_product_returns_the_last_good_iterate(poison: float, good: int) -> None:

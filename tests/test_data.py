@@ -199,6 +199,35 @@ def test_download_of_something_else_is_refused(
     load(name, str(tmp_path / "data"))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("answer", [b"<html>log in first</html>\n", b"HTTP/1.0 200 OK\r\n\r\nno"])
+@pytest.mark.parametrize("name", SERVED)
+def test_server_that_does_not_speak_http_is_an_error_like_any_other(
+    tmp_path: Path,
+    server: tuple[Path, str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    answer: bytes,
+) -> None:
+    SERVED[name](*server, monkeypatch)
+    monkeypatch.setattr(QuietHandler, "do_GET", lambda self: self.wfile.write(answer))
+    monkeypatch.setattr(QuietHandler, "do_HEAD", lambda self: self.wfile.write(answer))
+    with pytest.raises(DataError, match="is not there and cannot be downloaded"):
+        load(name, str(tmp_path / "data"))
+
+
+def test_a_part_of_mnist_is_neither_used_nor_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_mnist(tmp_path / "mnist", "", monkeypatch)
+    (tmp_path / "mnist" / NAMES[2]).unlink()
+    with pytest.raises(
+        DataError, match=rf"mnist holds a part of MNIST only: {NAMES[2]} is missing"
+    ):
+        load("mnist", str(tmp_path))
+    assert len(list((tmp_path / "mnist").iterdir())) == 3
+
+
 def test_without_a_network_the_message_names_files_and_places(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +354,7 @@ def test_tree_and_tars_of_it_give_the_same_data(tmp_path: Path, cache: Path) -> 
     expected = torch.from_numpy(random_bytes(4, 4, 3, seed=101)).permute(2, 0, 1)
     assert torch.equal(pixels[4], expected)
     for suffix, prefix in (("xz", ""), ("gz", "some/where/")):
+        files = dict(reversed(files.items()))  # the order in a tar does not matter
         archive = tmp_path / suffix / f"pets-images.tar.{suffix}"
         archive.parent.mkdir()
         write_tar(archive, files, prefix)
@@ -370,6 +400,13 @@ def test_sums_beside_an_archive_and_a_tree_are_verified(tmp_path: Path) -> None:
     load_tree(archive, "RGB")
     archive.write_bytes(archive.read_bytes() + b"x")
     with pytest.raises(DataError, match=r"pets\.tar\.gz is corrupt: its sha256 is not the one in"):
+        load_tree(archive, "RGB")
+
+    (tmp_path / "SHA256SUMS").write_text(f"{digest.upper()}  pets.tar.gz\n")
+    archive.write_bytes(archive.read_bytes()[:-1])
+    load_tree(archive, "RGB")
+    (tmp_path / "SHA256SUMS").write_text("not a sum\n")
+    with pytest.raises(DataError, match=r"SHA256SUMS has a line that is not 'SHA256  NAME'"):
         load_tree(archive, "RGB")
 
     name = "train/dog/0001.png"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import signal
@@ -19,6 +20,7 @@ from suite import EXPERIMENTS, TINY_HF, tiny
 from torch import nn
 
 import bdhf.experiment
+from bdhf.data import DataError, load
 from bdhf.experiment import make_optimizer, run
 from bdhf.first_order import FirstOrder
 from bdhf.optimizer import StepReport
@@ -250,6 +252,31 @@ def test_killed_run_continues_to_the_same_metrics(
     folder = make(tmp_path / "cut", *sizes, **kind)
     assert folder.status == "finished"
     assert metrics(folder) == expected
+
+
+def test_killed_between_the_last_checkpoint_and_the_end_off_the_grid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = ("updates=5", "checkpoint_seconds=0")
+    expected = metrics(make(tmp_path / "whole", *sizes))
+    with monkeypatch.context() as patch:
+        patch.setattr(bdhf.experiment, "_close", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(tmp_path / "cut", *sizes)
+    assert metrics(make(tmp_path / "cut", *sizes)) == expected
+
+
+def test_run_is_not_continued_on_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path, "updates=2")
+    before = {p.name: p.read_bytes() for p in folder.path.iterdir()}
+    images = load("digits", "")
+    other = dataclasses.replace(images, source="another copy", sha256="0" * 64)
+    monkeypatch.setattr(bdhf.experiment, "load", lambda name, root: other)
+    with pytest.raises(DataError, match=r"was begun on other data \(scikit-learn.*than data\.root"):
+        make(tmp_path, "updates=4")
+    assert {p.name: p.read_bytes() for p in folder.path.iterdir()} == before
 
 
 def test_finished_run_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+import zlib
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
+from tarfile import TarError
 
 from bdhf.data.images import DataError
 
@@ -29,7 +32,7 @@ def download(
                 target = root / path.relative_to(temporary)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
-    except (OSError, RuntimeError, EOFError) as error:
+    except (OSError, RuntimeError, EOFError, HTTPException, TarError, zlib.error) as error:
         if not was_there and root.exists() and not any(root.iterdir()):
             root.rmdir()  # perhaps a mistyped name
         raise DataError(

@@ -6,6 +6,7 @@ import hashlib
 import io
 import lzma
 import os
+import re
 import tarfile
 import tempfile
 import zlib
@@ -95,7 +96,7 @@ def _files_of_tar(path: Path) -> Iterator[tuple[str, bytes]]:
 def _decoded(files: Iterator[tuple[str, bytes]], source: Path, mode: str) -> tuple[Data, Data]:
     pixels: dict[str, list[np.ndarray]] = {part: [] for part in _PARTS}
     labels: dict[str, list[str]] = {part: [] for part in _PARTS}
-    for name, content in files:
+    for name, content in sorted(files):  # the order in a tar is an accident
         path = PurePosixPath(name)
         if len(path.parts) < 3 or path.suffix.lower() not in _SUFFIXES:
             continue
@@ -138,9 +139,17 @@ def _sums_beside(path: Path) -> dict[Path, str]:
     for folder in (path, path.parent) if path.is_dir() else (path.parent,):
         file = folder / "SHA256SUMS"
         if file.is_file():
-            rows = (line.split(maxsplit=1) for line in file.read_text().splitlines() if line)
-            return {(folder / name.lstrip("*")).resolve(): digest for digest, name in rows}
+            return dict(_sum(file, line) for line in file.read_bytes().splitlines() if line.strip())
     return {}
+
+
+def _sum(file: Path, line: bytes) -> tuple[Path, str]:
+    match = re.fullmatch(rb"([0-9a-fA-F]{64}) [ *](.+)", line.strip())
+    if match is None:
+        raise DataError(
+            f"{file} has a line that is not 'SHA256  NAME': {line!r}. Correct or delete the file"
+        )
+    return (file.parent / os.fsdecode(match[2])).resolve(), match[1].decode().lower()
 
 
 def _verified(path: Path, sums: dict[Path, str]) -> str:
@@ -170,8 +179,8 @@ def _to_cache(path: Path, data: tuple[Data, Data]) -> None:
     """Keep decoded data; where that is not possible, decoding again is all it costs."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            torch.save(data, file)
-        os.replace(file.name, path)
-    except OSError:
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            torch.save(data, Path(temporary) / path.name)
+            os.replace(Path(temporary) / path.name, path)
+    except (OSError, RuntimeError):
         pass

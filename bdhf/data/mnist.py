@@ -33,6 +33,7 @@ def load_mnist(root: Path) -> Images:
 
     folder = _folder(root)
     if folder is None:
+        _refuse_a_part(root)
         places = ", ".join(map(str, _folders(root)))
         download(
             lambda folder: MNIST(folder, download=True),
@@ -60,6 +61,17 @@ def _folder(root: Path) -> Path | None:
         if all(_stored(folder, name) for name in FILES):
             return folder
     return None
+
+
+def _refuse_a_part(root: Path) -> None:
+    """Some of the files are somebody's own, which a download would overwrite."""
+    for folder in _folders(root):
+        missing = [name for name in FILES if _stored(folder, name) is None]
+        if len(missing) < len(FILES):
+            raise DataError(
+                f"{folder} holds a part of MNIST only: {', '.join(missing)} is missing. Put it "
+                "there, or delete the others to have all downloaded"
+            )
 
 
 def _folders(root: Path) -> list[Path]:
