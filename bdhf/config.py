@@ -17,6 +17,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bdhf.data import TRAIN_ROWS
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the key and what is allowed."""
@@ -266,7 +268,10 @@ def _check_machine(config: Config) -> None:
         )
 
 
-def check_against_data(config: Config, rows: int) -> None:
-    """Refuse sizes that the training set of ``rows`` samples cannot fill."""
+def check_against_data(config: Config) -> None:
+    """Refuse an unknown data set, and sizes that its training set cannot fill."""
+    names = ", ".join(sorted(TRAIN_ROWS))
+    require(config.data.name in TRAIN_ROWS, "data.name", config.data.name, f"one of {names}")
+    rows = TRAIN_ROWS[config.data.name]
     allowed = f"at most {rows}, the size of the {config.data.name} training set"
     require(config.batch_size <= rows, "batch_size", config.batch_size, allowed)

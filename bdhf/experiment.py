@@ -127,8 +127,8 @@ def run(experiment: Experiment, config: Config) -> RunFolder:
         return folder
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    check_against_data(config)
     images = load(config.data.name, config.data.root)
-    check_against_data(config, len(images.train[0]))
     training = _set_up(experiment, config, images)
     folder.begin(config, _facts(config, images, training))
     with folder.failures_recorded():

@@ -101,7 +101,10 @@ def _plain_numbers(axis: Axis) -> None:
 def _plot(
     axis: Axes, curves: Curves, x: str, metric: str, optimizer: str, label: str, style: int
 ) -> None:
-    """Mean over the seeds, with a band from the least to the greatest."""
+    """Mean over the seeds, with a band from the least to the greatest, as long as all go on.
+
+    Where a seed ended early (it diverged), a cross marks its end, and each seed has a thin line.
+    """
     values = curves.columns[metric]
     places = curves.update if x == "update" else np.nanmax(curves.columns[x], axis=0)
     # A logarithmic axis has no place for the start, and a metric may have no value yet.
@@ -109,21 +112,29 @@ def _plot(
     if not shown.any():
         return
     line, marker = _STYLES[style % len(_STYLES)]
+    color = _COLORS.get(optimizer)
+    ended = [seed for seed in values if np.isnan(seed[shown][-1])]
+    if ended:
+        label += f"; {len(ended)} of {len(values)} ended early"
+        for seed in values:
+            axis.plot(places[shown], seed[shown], line, color=color, linewidth=0.7, alpha=0.7)
+        for seed in ended:
+            last = np.flatnonzero(np.isfinite(seed))[-1]
+            axis.plot(places[last], seed[last], "x", color=color)
+        shown &= np.isfinite(values).all(axis=0)
     axis.plot(
         places[shown],
-        np.nanmean(values[:, shown], axis=0),
+        values[:, shown].mean(axis=0),
         line,
-        color=_COLORS.get(optimizer),
+        color=color,
         marker=marker,
         markersize=3.5,
         markevery=max(1, int(shown.sum()) // 8),
         label=label,
     )
     if len(values) > 1:
-        low, high = np.nanmin(values[:, shown], axis=0), np.nanmax(values[:, shown], axis=0)
-        axis.fill_between(
-            places[shown], low, high, color=_COLORS.get(optimizer), alpha=0.15, linewidth=0
-        )
+        low, high = values[:, shown].min(axis=0), values[:, shown].max(axis=0)
+        axis.fill_between(places[shown], low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def _label(key: CellKey, cells: dict[CellKey, Curves]) -> str:

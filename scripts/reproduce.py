@@ -31,10 +31,9 @@ def reproduce(names: list[str], overrides: list[str]) -> int:
         try:
             main(importlib.import_module(name).EXPERIMENT)
         except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-            if code > 128:  # a signal: stop here
-                return code
-            worst = max(worst, code)
+            if stop.code != 1:  # a signal, or the time limit: what is left stays for next time
+                return int(stop.code or 0)
+            worst = 1
     return worst
 
 

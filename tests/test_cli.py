@@ -61,6 +61,8 @@ def test_experiments_are_reproduced_in_one_process(tmp_path: Path) -> None:
     assert done.stdout.count("finished, 1 updates") == 2
     again = call("scripts/reproduce.py", "all", results, *sizes, "updates=1", "data.name=svhn")
     assert again.returncode == 1 and again.stderr.count("error: data.name=svhn: must be") == 3
+    stopped = call("scripts/reproduce.py", "all", f"{results}/s", *sizes, "time_limit=0.001")
+    assert stopped.returncode == 0 and stopped.stdout.count("stopped, time_limit") == 1
     unknown = call("scripts/reproduce.py", "vae", results)
     assert unknown.stderr == "error: vae: must be all or one of autoencoder, lstm, resnet\n"
 

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from suite import data_folder, write_idx
 
-from bdhf.data import DataError, cifar, load, mnist
+from bdhf.data import LOADERS, TRAIN_ROWS, DataError, cifar, load, mnist
 from bdhf.data.folders import find_tree, load_tree
 
 NAMES = list(mnist.FILES)
@@ -376,9 +376,13 @@ def test_cache_is_used_and_a_broken_one_is_made_again(
         patch.setattr("bdhf.data.folders._decode", None)  # would fail if it were called
         load_tree(archive, "RGB")
     (file,) = cache.iterdir()
-    file.write_bytes(file.read_bytes()[:100])
-    (again, _), _ = load_tree(archive, "RGB")
-    assert torch.equal(again, expected)
+    whole = file.read_bytes()
+    (pixels, labels), test, digest = torch.load(file, weights_only=True)
+    torch.save(((pixels, labels.flip(0)), test, digest), file)
+    for broken in (whole[:100], file.read_bytes()):
+        file.write_bytes(broken)
+        (again, other), _ = load_tree(archive, "RGB")
+        assert torch.equal(again, expected) and torch.equal(other, labels)
 
 
 def test_data_is_read_where_no_cache_can_be_written(
@@ -480,6 +484,8 @@ def test_digits_ship_with_a_dependency() -> None:
     assert images.train[0].min() == 0 and images.train[0].max() == 1
     assert images.test[1].bincount(minlength=10).min() > 20  # every class is tested
     assert torch.equal(images.train[0], load("digits", "/nowhere").train[0])
+    assert len(images.train[0]) == TRAIN_ROWS["digits"]
+    assert set(TRAIN_ROWS) == set(LOADERS)
 
 
 def test_real_mnist() -> None:

@@ -161,7 +161,8 @@ def test_a_seed_that_diverged_does_not_hide_the_others(tmp_path: Path) -> None:
     (curves,) = read_curves(tmp_path, "demo").values()
     assert curves.update.tolist() == [0, 2, 4]
     assert np.isnan(curves.columns["train_loss"]).tolist() == [3 * [False], [False, False, True]]
-    assert len(draw_figures(tmp_path, "demo")) == 2
+    _, svg = draw_figures(tmp_path, "demo")
+    assert "Adam, mini-batch 60; 1 of 2 ended early" in svg.read_text()
 
 
 def test_missing_table_says_how_to_make_it(tmp_path: Path) -> None:

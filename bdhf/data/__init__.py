@@ -13,7 +13,7 @@ from bdhf.data.digits import load_digits
 from bdhf.data.images import Data, DataError, Images
 from bdhf.data.mnist import load_mnist
 
-__all__ = ["LOADERS", "Data", "DataError", "Images", "load"]
+__all__ = ["LOADERS", "TRAIN_ROWS", "Data", "DataError", "Images", "load"]
 
 #: Data sets by name: a function of the folder in which they lie.
 LOADERS: dict[str, Callable[[Path], Images]] = {
@@ -21,6 +21,10 @@ LOADERS: dict[str, Callable[[Path], Images]] = {
     "cifar10": load_cifar10,
     "digits": load_digits,
 }
+
+
+#: The sizes of their training sets, to check others against before anything is loaded.
+TRAIN_ROWS = {"mnist": 60_000, "cifar10": 50_000, "digits": 1_437}
 
 
 def load(name: str, root: str) -> Images:

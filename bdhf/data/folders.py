@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from bdhf.data.download import one_line
-from bdhf.data.images import Data, DataError
+from bdhf.data.images import Data, DataError, digest
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _PARTS = ("train", "test")
@@ -26,16 +26,20 @@ _PARTS = ("train", "test")
 def find_tree(root: Path, name: str) -> Path | None:
     """A folder or tar under ``root`` that holds the tree of data set ``name``.
 
-    Looks for ``train`` and ``test`` in ``root`` and ``root/<name>``, then for ``<name>*.tar*``.
+    Looks for ``train`` and ``test`` in ``root/<name>``, then for ``<name>*.tar*`` in both, and
+    only then for ``train`` and ``test`` in ``root`` itself, which may be another data set's.
     """
-    for folder in (root / name, root):
-        if all((folder / part).is_dir() for part in _PARTS):
-            return folder
+    if _is_tree(root / name):
+        return root / name
     for folder in (root, root / name):
         archives = sorted(p for p in folder.glob(f"{name}*.tar*") if p.is_file())
         if archives:
             return archives[0]
-    return None
+    return root if _is_tree(root) else None
+
+
+def _is_tree(folder: Path) -> bool:
+    return all((folder / part).is_dir() for part in _PARTS)
 
 
 def load_tree(path: Path, mode: str) -> tuple[Data, Data]:
@@ -56,8 +60,8 @@ def load_tree(path: Path, mode: str) -> tuple[Data, Data]:
     """
     if path.is_dir():
         return _decoded(_files_of_folder(path, _sums_beside(path)), path, mode)
-    digest = _verified(path, _sums_beside(path))
-    cache = cache_folder() / f"{digest}-{mode}.pt"
+    sha256 = _verified(path, _sums_beside(path))
+    cache = cache_folder() / f"{sha256}-{mode}.pt"
     cached = _from_cache(cache)
     if cached is None:
         cached = _decoded(_files_of_tar(path), path, mode)
@@ -154,10 +158,10 @@ def _sum(file: Path, line: bytes) -> tuple[Path, str]:
 
 def _verified(path: Path, sums: dict[Path, str]) -> str:
     """The sha256 of a file, which is the one expected where one is."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if sums.get(path.resolve(), digest) != digest:
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if sums.get(path.resolve(), found) != found:
         raise DataError(_mismatch(path))
-    return digest
+    return found
 
 
 def _mismatch(path: Path) -> str:
@@ -169,10 +173,10 @@ def _mismatch(path: Path) -> str:
 
 def _from_cache(path: Path) -> tuple[Data, Data] | None:
     try:
-        train, test = torch.load(path, weights_only=True)
+        train, test, expected = torch.load(path, weights_only=True)
     except Exception:  # not there, or not whole: it will be made again
         return None
-    return train, test
+    return (train, test) if digest(train, test) == expected else None
 
 
 def _to_cache(path: Path, data: tuple[Data, Data]) -> None:
@@ -180,7 +184,7 @@ def _to_cache(path: Path, data: tuple[Data, Data]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-            torch.save(data, Path(temporary) / path.name)
+            torch.save((*data, digest(*data)), Path(temporary) / path.name)
             os.replace(Path(temporary) / path.name, path)
     except (OSError, RuntimeError):
         pass

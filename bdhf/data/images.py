@@ -36,10 +36,15 @@ class Images:
 
 def images_from_bytes(train: Data, test: Data, source: str, levels: int = 255) -> Images:
     """A data set from pixels (rows, channels, height, width) and labels, both uint8."""
-    digest = hashlib.sha256()
+    return Images(_scaled(train, levels), _scaled(test, levels), source, digest(train, test))
+
+
+def digest(train: Data, test: Data) -> str:
+    """The sha256 of a data set's decoded bytes."""
+    found = hashlib.sha256()
     for tensor in (*train, *test):
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return Images(_scaled(train, levels), _scaled(test, levels), source, digest.hexdigest())
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _scaled(data: Data, levels: int) -> Data:
