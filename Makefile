@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt
 	  --editable '.[suite,dev]'
 	@touch $@
 
-demo: $(READY) ## all experiments and optimizers, small: two to three minutes, nothing to download
+demo: $(READY) ## all experiments and optimizers, small: about two minutes, nothing to download
 	@$(MAKE) --no-print-directory reproduce-all SCALE=demo
 
 reproduce-all: $(READY) ## every figure: every cell of every experiment at SCALE
