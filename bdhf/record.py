@@ -48,11 +48,6 @@ class RunFolder:
         return str(self._provenance.get("status", "new"))
 
     @property
-    def rows(self) -> list[Row]:
-        """The metrics so far."""
-        return self._rows
-
-    @property
     def updates_done(self) -> int:
         """At which update the run's last session ended."""
         return int(self._provenance.get("updates", 0))
@@ -149,11 +144,16 @@ def name(config: Config) -> str:
 
 def read_metrics(folder: Path) -> list[Row]:
     """The rows of a run's ``metrics.csv``; whole numbers come back as int, gaps as None."""
-    path = folder / "metrics.csv"
+    rows = read_table(folder / "metrics.csv")
+    return [{key: number(value) for key, value in row.items()} for row in rows]
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a table that `write_table` wrote, as text; none where there is no table."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [{key: number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

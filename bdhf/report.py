@@ -7,7 +7,6 @@ nothing else: no run folder, no GPU, no network.
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from bdhf.config import settings_hash
-from bdhf.record import number, read_metrics, write_table
+from bdhf.record import number, read_metrics, read_table, write_table
 
 #: Runs that ended, whichever way; the others have no curve to show yet.
 _ENDED = ("finished", "diverged")
@@ -86,7 +85,7 @@ def collect(results: Path, scale: str) -> tuple[int, list[str]]:
         target.mkdir(parents=True, exist_ok=True)
         new = {run["run"] for run in superseding}
         for name, added in (("runs.csv", superseding), ("curves.csv", rows)):
-            old = [row for row in _read_table(target / name) if row["run"] in kept]
+            old: list[dict[str, Any]] = [r for r in read_table(target / name) if r["run"] in kept]
             merged = [*old, *(row for row in added if row["run"] in new)]
             write_table(target / name, sorted(merged, key=lambda row: row["run"]))
     left_out += [f"{run['run']}: the table has a longer one" for run in runs if run["run"] in kept]
@@ -97,17 +96,8 @@ def _not_superseded(table: Path, runs: list[dict[str, Any]]) -> set[str]:
     """The table's runs that stay: those without a folder here, or with a shorter one."""
     updates = {run["run"]: run["updates"] for run in runs}
     return {
-        row["run"]
-        for row in _read_table(table)
-        if int(row["updates"]) > updates.get(row["run"], -1)
+        row["run"] for row in read_table(table) if int(row["updates"]) > updates.get(row["run"], -1)
     }
-
-
-def _read_table(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 _IDENTITY = (
@@ -168,18 +158,17 @@ def read_curves(results: Path, scale: str) -> dict[CellKey, Curves]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there; make collect SCALE={scale} writes it")
     runs: dict[CellKey, dict[int, list[dict[str, float | int | None]]]] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            few = row["curvature_batch_size"]
-            key = CellKey(
-                row["experiment"],
-                row["optimizer"],
-                int(row["batch_size"]),
-                int(few) if few else None,
-                row["settings"],
-            )
-            metrics = {k: number(v) for k, v in row.items() if k not in _IDENTITY}
-            runs.setdefault(key, {}).setdefault(int(row["seed"]), []).append(metrics)
+    for row in read_table(path):
+        few = row["curvature_batch_size"]
+        key = CellKey(
+            row["experiment"],
+            row["optimizer"],
+            int(row["batch_size"]),
+            int(few) if few else None,
+            row["settings"],
+        )
+        metrics = {k: number(v) for k, v in row.items() if k not in _IDENTITY}
+        runs.setdefault(key, {}).setdefault(int(row["seed"]), []).append(metrics)
     return {key: _aligned(by_seed) for key, by_seed in runs.items()}
 
 
