@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -137,40 +136,3 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
                 f"micro_batch with batch norm in training ({name or type(module).__name__}): its "
                 "statistics would be those of a piece; call eval() on it, or leave micro_batch out"
             )
-
-
-def loss_and_gradient(
-    model: nn.Module,
-    criterion: Criterion,
-    batch: Batch,
-    parameters: list[nn.Parameter],
-    micro_batch: int | None = None,
-) -> Tensor:
-    """Write the gradient of the mini-batch loss to ``p.grad``, replacing what was there.
-
-    The backward pass reaches ``parameters`` only. Buffers such as batch norm's running
-    statistics move here, once for each piece of the batch.
-
-    Returns:
-        The loss, a detached scalar on the model's device. Nothing here waits for that device,
-        but for ``micro_batch`` with cross-entropy, which looks for ignored targets.
-    """
-    total: Tensor | None = None
-    gradients: list[Tensor] = []
-    for weight, (inputs, targets) in pieces(model, criterion, batch, micro_batch):
-        args, kwargs = call_arguments(inputs)
-        with torch.enable_grad():
-            loss = weight * checked_loss(criterion(model(*args, **kwargs), targets))
-        slopes = torch.autograd.grad(loss, parameters, materialize_grads=True)
-        # Embeddings may give sparse gradients; torch 2.9's zeros require a gradient.
-        found = [(slope.to_dense() if slope.is_sparse else slope).detach() for slope in slopes]
-        loss = loss.detach()
-        if total is None:
-            total, gradients = loss, found
-        else:
-            total = total + loss
-            torch._foreach_add_(gradients, found)
-    assert total is not None
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-    return total

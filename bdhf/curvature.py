@@ -8,30 +8,25 @@ products for second-order gradient descent"). `ggn_vector_product` is the plain 
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from bdhf.batches import Batch, Criterion, call_arguments, checked_batch, pieces
+from bdhf.batches import Batch, Criterion, checked_batch, pieces
+from bdhf.functional import RandomState, call, plain_operations, unwrapped, widened
+from bdhf.linearization import Block, Linearization, Linearizer
 from bdhf.output_hessian import (
     OutputHessian,
     differentiable_leaves,
     output_hessian,
     output_hessian_by_autograd,
 )
-
-Block = Sequence[nn.Parameter]
 
 
 def ggn_vector_product(
@@ -62,7 +57,7 @@ def ggn_vector_product(
         ValueError: ``vector`` does not fit the trainable parameters or there are none, blocks
             overlap, or a block holds a parameter that is not trainable or not the model's.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     inputs, targets = checked_batch(batch)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if [v.shape for v in vector] != [p.shape for p in trainable]:
@@ -76,7 +71,7 @@ def ggn_vector_product(
 
     def network(values: Iterable[Tensor]) -> Any:
         with state.replayed():
-            return _call(model, dict(zip(trainable, values, strict=True)), inputs)
+            return call(model, dict(zip(trainable, values, strict=True)), inputs)
 
     def product(tangents: list[Tensor]) -> list[Tensor]:
         with forward_ad.dual_level():
@@ -88,11 +83,13 @@ def ggn_vector_product(
         with torch.enable_grad():
             outputs = network(leaves)
         cotangents = output_hessian_by_autograd(criterion, outputs, targets)(output_tangents)
-        return _pulled_back(differentiable_leaves(outputs), cotangents, leaves)
+        found = differentiable_leaves(outputs)
+        pulled = torch.autograd.grad(found, leaves, cotangents, materialize_grads=True)
+        return [piece.detach() for piece in pulled]  # torch 2.9's zeros require a gradient
 
     result = {p: torch.zeros_like(p) for p in trainable}
     seen: set[Tensor] = set()
-    with torch.no_grad(), _plain_operations(model):
+    with torch.no_grad(), plain_operations(model):
         for block in [trainable] if blocks is None else blocks:
             inside = set(block)
             if inside & seen:
@@ -128,6 +125,10 @@ class GaussNewton:
         blocks: lists of the model's parameters.
         micro_batch: rows of a piece; None keeps the batch whole.
         random_state: from which the network draws (dropout masks); None: the current one.
+        linearizer: keeps traces from one batch to the next; None: a new one.
+
+    Attributes:
+        path: how products are computed (see `StepReport.path`).
     """
 
     def __init__(
@@ -138,16 +139,16 @@ class GaussNewton:
         blocks: Sequence[Block],
         micro_batch: int | None = None,
         random_state: RandomState | None = None,
+        linearizer: Linearizer | None = None,
     ) -> None:
-        self._model, self._criterion, self._blocks = _unwrapped(model), _wide(criterion), blocks
-        self._pieces = list(pieces(self._model, criterion, batch, micro_batch))
+        self._model, self._criterion, self._blocks = unwrapped(model), _wide(criterion), blocks
+        self._linearizer = linearizer or Linearizer()
         self._random_state = random_state or RandomState.capture(blocks[0])
-        self._whole: _Linearization | None = None
-        if len(self._pieces) == 1:
-            with _plain_operations(self._model):
-                self._whole = self._linearized(*self._pieces[0])
-        #: How products are computed: "linearized" once, or "recomputed in pieces".
-        self.path = "linearized" if self._whole else "recomputed in pieces"
+        self._pieces = list(pieces(self._model, criterion, batch, micro_batch))
+        with plain_operations(self._model), self._random_state.replayed():
+            first = self._linearized(*self._pieces[0])
+        self._whole = first if len(self._pieces) == 1 else None
+        self.path = first.path if self._whole else f"{first.path}, in pieces"
 
     def products(self, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """``G_bb v`` for each block that has a vector.
@@ -159,109 +160,54 @@ class GaussNewton:
         Returns:
             Flat vectors, and None where None was given.
         """
-        with _plain_operations(self._model):
-            return self._products(vectors)
+        with plain_operations(self._model), torch.no_grad():
+            if self._whole is not None:
+                return self._whole.products(vectors)
+            return self._in_pieces(vectors)
 
-    def _products(self, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        if self._whole is not None:
-            return self._whole.products(vectors)
+    def _in_pieces(self, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
         totals: list[Tensor | None] = [None] * len(vectors)
         with self._random_state.replayed():
             for piece in self._pieces:
-                products = self._linearized(*piece, replay=False).products(vectors)
+                products = self._linearized(*piece).products(vectors)
                 totals = [
                     new if total is None or new is None else total.add_(new)
                     for total, new in zip(totals, products, strict=True)
                 ]
         return totals
 
-    def _linearized(self, weight: float, batch: Batch, replay: bool = True) -> _Linearization:
-        blocks = [[_widened(p.detach()).requires_grad_() for p in block] for block in self._blocks]
-        values = {p: _widened(p.detach()) for p in self._model.parameters()}
-        for block, leaves in zip(self._blocks, blocks, strict=True):
-            values.update(zip(block, leaves, strict=True))
-        inputs, targets = tree_map_only(Tensor, _widened, batch)
-        with contextlib.ExitStack() as stack:
-            if replay:
-                stack.enter_context(self._random_state.replayed())
-            stack.enter_context(torch.enable_grad())
-            outputs = _call(self._model, values, inputs)
-            hessian = output_hessian(self._criterion, outputs, targets)
-            return _Linearization.of(differentiable_leaves(outputs), hessian, blocks, weight)
+    def _linearized(self, weight: float, batch: Batch) -> _Piece:
+        inputs, targets = tree_map_only(Tensor, widened, batch)
+        linearization, path = self._linearizer(self._model, self._blocks, inputs)
+        hessian = output_hessian(self._criterion, linearization.outputs, targets)
+        return _Piece(linearization, hessian, self._blocks, weight, path)
 
 
 @dataclass(frozen=True)
-class _Linearization:
-    """A network linearised at its parameters, as two kept autograd graphs.
+class _Piece:
+    """One piece of a batch, with the weight it has in the whole."""
 
-    The adjoint map ``u ↦ Jᵀu`` is the usual backward graph. Differentiating it once more, with
-    respect to ``u``, gives the tangent map ``v ↦ Jv``: since ``Jᵀu`` is linear in ``u``, its
-    transpose does not depend on ``u`` (Townsend 2017, "A new trick for calculating Jacobian
-    vector products"). Autograd prunes both maps to the parameters they are asked for.
-    """
-
-    outputs: list[Tensor]
+    linearization: Linearization
     hessian: OutputHessian
-    blocks: list[list[Tensor]]
-    adjoint_seeds: list[Tensor]  # the u above
-    adjoints: list[list[Tensor | None]]  # Jᵀu for each block; None: does not reach the outputs
+    blocks: Sequence[Block]
     weight: float
-
-    @classmethod
-    def of(
-        cls,
-        outputs: list[Tensor],
-        hessian: OutputHessian,
-        blocks: list[list[Tensor]],
-        weight: float,
-    ) -> _Linearization:
-        seeds = [torch.zeros_like(output, requires_grad=True) for output in outputs]
-        connected = [(o, u) for o, u in zip(outputs, seeds, strict=True) if o.requires_grad]
-        leaves = [leaf for block in blocks for leaf in block]
-        flat = iter(
-            torch.autograd.grad(
-                [o for o, _ in connected],
-                leaves,
-                [u for _, u in connected],
-                create_graph=True,
-                allow_unused=True,
-            )
-            if connected
-            else [None] * len(leaves)
-        )
-        adjoints = [[next(flat) for _ in block] for block in blocks]
-        return cls(outputs, hessian, blocks, seeds, adjoints, weight)
+    path: str
 
     def products(self, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return [None if v is None else self._product(k, v) for k, v in enumerate(vectors)]
-
-    def _product(self, k: int, vector: Tensor) -> Tensor:
-        tangents = self._tangent(k, unflattened(vector, self.blocks[k]))
-        product = _pulled_back(self.outputs, self.hessian(tangents), self.blocks[k])
-        return flattened(product, vector.dtype).mul_(self.weight)
-
-    def _tangent(self, k: int, vector: list[Tensor]) -> list[Tensor]:
-        pairs = [(g, v) for g, v in zip(self.adjoints[k], vector, strict=True) if g is not None]
-        if not pairs:
-            return [torch.zeros_like(output) for output in self.outputs]
-        maps, directions = zip(*pairs, strict=True)
-        return list(
-            torch.autograd.grad(
-                maps, self.adjoint_seeds, directions, retain_graph=True, materialize_grads=True
-            )
+        pairs = list(zip(vectors, self.blocks, strict=True))
+        tangents = self.linearization.tangents(
+            [
+                None if v is None else unflattened(v, [widened(p) for p in block])
+                for v, block in pairs
+            ]
         )
-
-
-def _pulled_back(
-    outputs: list[Tensor], cotangents: list[Tensor], leaves: list[Tensor]
-) -> list[Tensor]:
-    """``Jᵀu`` through the kept graph of the outputs; zeros for leaves that reach none."""
-    pairs = [(o, u) for o, u in zip(outputs, cotangents, strict=True) if o.requires_grad]
-    if not pairs:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    reached, seeds = zip(*pairs, strict=True)
-    pulled = torch.autograd.grad(reached, leaves, seeds, retain_graph=True, materialize_grads=True)
-    return [piece.detach() for piece in pulled]  # torch 2.9's zeros require a gradient
+        adjoints = self.linearization.adjoints(
+            [None if t is None else self.hessian(list(t)) for t in tangents]
+        )
+        return [
+            None if v is None or u is None else flattened(u, v.dtype).mul_(self.weight)
+            for v, u in zip(vectors, adjoints, strict=True)
+        ]
 
 
 def flattened(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -277,79 +223,11 @@ def unflattened(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-@dataclass(frozen=True)
-class RandomState:
-    """The state of the random generators from which a network draws."""
-
-    cpu: Tensor
-    device: torch.device
-    of_device: Tensor | None
-
-    @classmethod
-    def capture(cls, tensors: Sequence[Tensor]) -> RandomState:
-        """The current state of the CPU's generator and that of the tensors' device."""
-        device = tensors[0].device if tensors else torch.device("cpu")
-        of_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(torch.get_rng_state(), device, of_device)
-
-    @contextlib.contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Draw from this state inside, and go on from the current one afterwards."""
-        with torch.random.fork_rng([] if self.of_device is None else [self.device]):
-            torch.set_rng_state(self.cpu)
-            if self.of_device is not None:
-                torch.cuda.set_rng_state(self.of_device, self.device)
-            yield
-
-
-def _call(model: nn.Module, values: dict[nn.Parameter, Tensor], inputs: Any) -> Any:
-    """The model's outputs with other values for its parameters, its buffers left as they are."""
-    state = {}
-    # Names are those of distinct modules: `functional_call` would tie weights by itself, but
-    # leaves a module that is used in two places with the wrong parameters (torch 2.14).
-    for prefix, module in model.named_modules():
-        prefix = prefix + "." if prefix else ""
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if parameter in values:
-                state[prefix + name] = values[parameter]
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            state[prefix + name] = _widened(buffer).clone()
-    args, kwargs = call_arguments(inputs)
-    return functional_call(model, state, args, kwargs, tie_weights=False)
-
-
-@contextlib.contextmanager
-def _plain_operations(model: nn.Module) -> Iterator[None]:
-    """No autocast, also in backward passes, and operations that can be differentiated twice."""
-    device = next(model.parameters()).device.type
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            with warnings.catch_warnings():  # of TF32 on Intel GPUs, which nobody asked for
-                warnings.simplefilter("ignore")
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        yield
-
-
 def _wide(criterion: Criterion) -> Criterion:
     """The loss with class weights and the like in the precision that the outputs will have."""
     if not isinstance(criterion, nn.Module):
         return criterion
     tensors = [*criterion.parameters(), *criterion.buffers()]
-    if all(_widened(tensor) is tensor for tensor in tensors):
+    if all(widened(tensor) is tensor for tensor in tensors):
         return criterion
     return copy.deepcopy(criterion).float()
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself: curvature needs no hooks of DDP's and no compiled backward pass."""
-    if isinstance(model, DistributedDataParallel):
-        return _unwrapped(model.module)
-    original = getattr(model, "_orig_mod", model)  # torch.compile's
-    return model if original is model else _unwrapped(original)

@@ -30,9 +30,9 @@ from bdhf.config import (
     register,
     require,
 )
-from bdhf.curvature import RandomState
 from bdhf.data import Data, DataError, Images, load
 from bdhf.first_order import FirstOrder
+from bdhf.functional import RandomState
 from bdhf.optimizer import BlockDiagonalHF
 from bdhf.progress import ProgressDisplay
 from bdhf.record import RunFolder

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bdhf.batches import Batch, Criterion, loss_and_gradient
+from bdhf.batches import Batch, Criterion
+from bdhf.gradient import loss_and_gradient
 from bdhf.optimizer import StepReport
 
 

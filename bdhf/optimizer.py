@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bdhf.batches import Batch, Criterion, checked_batch, loss_and_gradient
+from bdhf.batches import Batch, Criterion, checked_batch
 from bdhf.cg import StopReason, conjugate_gradient
-from bdhf.curvature import GaussNewton, RandomState, flattened, unflattened
+from bdhf.curvature import GaussNewton, flattened, unflattened
+from bdhf.functional import RandomState
+from bdhf.gradient import loss_and_gradient
+from bdhf.linearization import Linearizer
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,9 @@ class StepReport:
     Attributes:
         blocks: one entry for each param group; all zero for one that is frozen.
         gradient_norm: 2-norm of the gradient over all blocks, a scalar on the device.
-        path: how curvature products were computed: ``"linearized"`` or
-            ``"recomputed in pieces"`` (with ``micro_batch``).
+        path: how curvature products were computed: by maps ``"brought by the network"``,
+            ``"traced"`` once for all updates, or, slower, by ``"autograd: ..."`` with the reason
+            why the network could not be traced; with ``micro_batch``, ``", in pieces"``.
     """
 
     blocks: list[BlockStep]
@@ -96,6 +100,7 @@ class BlockDiagonalHF(Optimizer):
     ) -> None:
         #: What the last update did (a `StepReport`); None before the first.
         self.last_step: StepReport | None = None
+        self._linearizer = Linearizer()
         defaults = {
             "lr": lr,
             "damping": damping,
@@ -108,7 +113,7 @@ class BlockDiagonalHF(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.last_step = None
+        self.last_step, self._linearizer = None, Linearizer()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a block; see `torch.optim.Optimizer.add_param_group`."""
@@ -184,7 +189,9 @@ class BlockDiagonalHF(Optimizer):
 
         # Linearised from the same random state: on the same batch, gradient and curvature then
         # see the same dropout masks.
-        matrix = GaussNewton(model, criterion, curvature_batch, blocks, micro_batch, state)
+        matrix = GaussNewton(
+            model, criterion, curvature_batch, blocks, micro_batch, state, self._linearizer
+        )
         solved = dict(
             zip(map(id, groups), self._solve(matrix, groups, blocks, gradients), strict=True)
         )

@@ -85,18 +85,8 @@ def _cross_entropy_form(
 
 def output_hessian_by_autograd(criterion: Criterion, outputs: Any, targets: Any) -> OutputHessian:
     """`output_hessian` without closed forms, for any loss: the reference."""
-    leaves, structure = tree_flatten(outputs)
-    points = [
-        leaf.detach().requires_grad_() if _is_differentiable(leaf) else leaf for leaf in leaves
-    ]
-    variables = [point for point in points if _is_differentiable(point)]
-    if not variables:
-        raise ValueError(
-            f"the model returned {type(outputs).__name__}, in which there is no floating-point "
-            "tensor; return a tensor, or tensors in tuples, lists and dicts"
-        )
+    loss, variables = loss_of_outputs(criterion, outputs, targets)
     with torch.enable_grad():
-        loss = checked_loss(criterion(tree_unflatten(points, structure), targets))
         slopes = torch.autograd.grad(loss, variables, create_graph=True, materialize_grads=True)
     curved = [slope for slope in slopes if slope.requires_grad]
 
@@ -111,6 +101,24 @@ def output_hessian_by_autograd(criterion: Criterion, outputs: Any, targets: Any)
         )
 
     return product
+
+
+def loss_of_outputs(
+    criterion: Criterion, outputs: Any, targets: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss as a function of the outputs alone: its value with a graph, and its variables."""
+    leaves, structure = tree_flatten(outputs)
+    points = [
+        leaf.detach().requires_grad_() if _is_differentiable(leaf) else leaf for leaf in leaves
+    ]
+    variables = [point for point in points if _is_differentiable(point)]
+    if not variables:
+        raise ValueError(
+            f"the model returned {type(outputs).__name__}, in which there is no floating-point "
+            "tensor; return a tensor, or tensors in tuples, lists and dicts"
+        )
+    with torch.enable_grad():
+        return checked_loss(criterion(tree_unflatten(points, structure), targets)), variables
 
 
 def differentiable_leaves(outputs: Any) -> list[Tensor]:

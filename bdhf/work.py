@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bdhf.batches import Batch, Criterion, loss_and_gradient
-from bdhf.curvature import GaussNewton, RandomState
+from bdhf.batches import Batch, Criterion
+from bdhf.curvature import GaussNewton
+from bdhf.functional import RandomState
+from bdhf.gradient import loss_and_gradient
+from bdhf.linearization import Linearizer
 from bdhf.optimizer import StepReport
 
 
@@ -68,8 +71,11 @@ def count_work(
     parameters = [p for block in blocks for p in block]
     with RandomState.capture(parameters).replayed():
         gradient = _multiply_adds(lambda: loss_and_gradient(model, criterion, batch, parameters))
-        matrix = GaussNewton(model, criterion, batch, blocks)
-        setup = _multiply_adds(lambda: GaussNewton(model, criterion, batch, blocks))
+        linearizer = Linearizer()
+        matrix = GaussNewton(model, criterion, batch, blocks, linearizer=linearizer)
+        setup = _multiply_adds(  # the trace, made once a run, is there by now
+            lambda: GaussNewton(model, criterion, batch, blocks, linearizer=linearizer)
+        )
         products = []
         for k, block in enumerate(blocks):
             query: list[Tensor | None] = [None] * len(blocks)
@@ -100,7 +106,8 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
+        name = func._schema.name.removeprefix("aten::").removesuffix("_")  # in place or not
+        formula = flop_registry.get(getattr(torch.ops.aten, name, None))
         if formula is not None:
             self.total += formula(*args, **kwargs, out_val=result)
         return result

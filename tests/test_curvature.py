@@ -13,12 +13,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bdhf
 from bdhf.curvature import GaussNewton, flattened
+from bdhf.linearization import Linearizer
 from bdhf.output_hessian import output_hessian, output_hessian_by_autograd
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 MASK_SEED = 7
 both_precisions = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 every_network = pytest.mark.parametrize("name", CASES)
+
+
+class Untraced(Linearizer):
+    """Takes the plain path, as for a network that cannot be traced."""
+
+    most = 0
+
+
+both_paths = pytest.mark.parametrize("linearizer", [Linearizer, Untraced])
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -51,13 +61,20 @@ def test_reference_equals_dense_matrix(name: str, dtype: torch.dtype, blockwise:
     assert relative_error(flattened(product, torch.float64), expected) < TOLERANCE[dtype]
 
 
+@both_paths
 @both_precisions
 @every_network
-def test_linearized_equals_dense_matrix_block_by_block(name: str, dtype: torch.dtype) -> None:
+def test_linearized_equals_dense_matrix_block_by_block(
+    name: str, dtype: torch.dtype, linearizer: type[Linearizer]
+) -> None:
     exact, case = make_case(name, torch.float64), make_case(name, dtype)
     matrix = block_diagonal(dense_ggn(exact, MASK_SEED), exact)
     torch.manual_seed(MASK_SEED)
-    linearized = GaussNewton(case.model, case.criterion, case.batch, case.blocks)
+    linearized = GaussNewton(
+        case.model, case.criterion, case.batch, case.blocks, linearizer=linearizer()
+    )
+    path = "traced" if linearizer is Linearizer else "autograd: a new structure each time"
+    assert linearized.path == path
     trainable = [p for p in exact.model.parameters() if p.requires_grad]
     for k, block in enumerate(exact.blocks):
         tangents = {id(p): torch.randn_like(p) for p in block}
@@ -99,7 +116,7 @@ def test_micro_batches_add_up_to_the_same_products(name: str) -> None:
     vectors = [torch.randn(sum(p.numel() for p in b)).double() for b in case.blocks]
     whole = GaussNewton(case.model, case.criterion, case.batch, case.blocks)
     cut = GaussNewton(case.model, case.criterion, case.batch, case.blocks, micro_batch=2)
-    assert (whole.path, cut.path) == ("linearized", "recomputed in pieces")
+    assert (whole.path, cut.path) == ("traced", "traced, in pieces")
     for one, other in zip(whole.products(vectors), cut.products(vectors), strict=True):
         assert one is not None and other is not None
         assert relative_error(other, one) < 1e-12

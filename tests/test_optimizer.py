@@ -134,7 +134,7 @@ def test_micro_batch_gives_equal_updates(micro_batch: int) -> None:
         assert torch.allclose(loss, expected, rtol=1e-13)
     assert_same_weights(whole.model, cut.model)
     assert opts[1].last_step is not None
-    assert opts[1].last_step.path == ("linearized" if micro_batch >= 4 else "recomputed in pieces")
+    assert opts[1].last_step.path == ("traced" if micro_batch >= 4 else "traced, in pieces")
 
 
 def test_gradients_found_in_p_grad_are_used() -> None:
@@ -175,7 +175,7 @@ def test_returned_loss_gradient_and_report() -> None:
     for p, g in zip(case.model.parameters(), gradients, strict=True):
         assert p.grad is not None and torch.equal(p.grad, g)
     report = opt.last_step
-    assert report is not None and report.path == "linearized"
+    assert report is not None and report.path == "traced"
     norm = torch.cat([g.reshape(-1) for g in gradients]).norm()
     assert torch.allclose(report.gradient_norm, norm, rtol=1e-12)
     assert [b.reason for b in report.blocks] == ["iteration cap"] * 2
@@ -339,7 +339,7 @@ def test_sparse_gradients_of_an_embedding() -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(6, 3, sparse=sparse), nn.Flatten(), nn.Linear(6, 2))
         inputs, targets = torch.randint(6, (5, 2)), torch.randint(2, (5,))
-        bdhf.batches.loss_and_gradient(
+        bdhf.gradient.loss_and_gradient(
             model, nn.CrossEntropyLoss(), (inputs, targets), list(model.parameters())
         )
         weights.append(model[0].weight.grad)

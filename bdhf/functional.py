@@ -1,0 +1,88 @@
+"""A network as a pure function: of its parameters, its buffers, its inputs and a random state."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+
+from bdhf.batches import call_arguments
+
+
+def call(model: nn.Module, values: Mapping[Tensor, Tensor], inputs: Any) -> Any:
+    """The model's outputs with other values for some of its parameters and buffers.
+
+    Parameters without another value take part as they are; the model's own buffers do not move.
+    """
+    state = {}
+    # Names are those of distinct modules: `functional_call` would tie weights by itself, but
+    # leaves a module that is used in two places with the wrong parameters (torch 2.14).
+    for prefix, module in model.named_modules():
+        prefix = prefix + "." if prefix else ""
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            state[prefix + name] = values.get(parameter, parameter.detach())
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            state[prefix + name] = values.get(buffer, widened(buffer)).clone()
+    args, kwargs = call_arguments(inputs)
+    return functional_call(model, state, args, kwargs, tie_weights=False)
+
+
+@contextlib.contextmanager
+def plain_operations(model: nn.Module) -> Iterator[None]:
+    """No autocast, also in backward passes, and operations that can be differentiated twice."""
+    device = next(model.parameters()).device.type
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            with warnings.catch_warnings():  # of TF32 on Intel GPUs, which nobody asked for
+                warnings.simplefilter("ignore")
+                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """``tensor`` in single precision if it is in half, else as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network itself: curvature needs no hooks of DDP's and no compiled backward pass."""
+    if isinstance(model, DistributedDataParallel):
+        return unwrapped(model.module)
+    original = getattr(model, "_orig_mod", model)  # torch.compile's
+    return model if original is model else unwrapped(original)
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The state of the random generators from which a network draws."""
+
+    cpu: Tensor
+    device: torch.device
+    of_device: Tensor | None
+
+    @classmethod
+    def capture(cls, tensors: Sequence[Tensor]) -> RandomState:
+        """The current state of the CPU's generator and that of the tensors' device."""
+        device = tensors[0].device if tensors else torch.device("cpu")
+        of_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(torch.get_rng_state(), device, of_device)
+
+    @contextlib.contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Draw from this state inside, and go on from the current one afterwards."""
+        with torch.random.fork_rng([] if self.of_device is None else [self.device]):
+            torch.set_rng_state(self.cpu)
+            if self.of_device is not None:
+                torch.cuda.set_rng_state(self.of_device, self.device)
+            yield

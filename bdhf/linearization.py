@@ -1,0 +1,325 @@
+"""A network linearised at its parameters: its outputs, its tangent map and its adjoint map.
+
+There are three ways to get the maps, and `Linearizer` takes the first that a network allows:
+
+1. the network brings them itself (`Linearizable`);
+2. they are traced once and serve every update (`bdhf.tracing`);
+3. two autograd graphs, made anew at every update.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import (
+    TreeSpec,
+    tree_flatten,
+    tree_leaves,
+    tree_map_only,
+    tree_unflatten,
+)
+
+from bdhf import tracing
+from bdhf.batches import call_arguments
+from bdhf.functional import RandomState, call, widened
+from bdhf.output_hessian import differentiable_leaves
+
+Block = Sequence[nn.Parameter]
+
+#: For each block the tensors of a direction or a result; None: nothing is asked for this block.
+PerBlock = Sequence[Sequence[Tensor] | None]
+
+
+class Linearization(Protocol):
+    """The outputs of a network, and for each block of its parameters the maps ``J_b``, ``J_bᵀ``."""
+
+    @property
+    def outputs(self) -> Any:
+        """What the network returned."""
+
+    def tangents(self, directions: PerBlock) -> PerBlock:
+        """``J_b v_b`` for each block that has a direction.
+
+        A direction has one tensor for each parameter of the block; the result one for each
+        floating-point tensor in the outputs.
+        """
+
+    def adjoints(self, cotangents: PerBlock) -> PerBlock:
+        """``J_bᵀ u_b`` for each block that has cotangents; the forms are those of `tangents`."""
+
+
+@runtime_checkable
+class Linearizable(Protocol):
+    """A network that brings its own maps, which can take the tangents of several blocks at once.
+
+    It has no buffers, and parameters in single precision or wider; any other network is treated
+    as if it brought none. `bdhf.peephole_lstm` shows how. Compare what it gives with
+    `bdhf.ggn_vector_product`.
+    """
+
+    def linearize(self, blocks: Sequence[Block], *inputs: Any, **more: Any) -> Linearization | None:
+        """Linearise at the present parameters; called like ``forward``, without autograd.
+
+        Returns None where it cannot (blocks it does not know, say): another way is taken then.
+        """
+
+
+@dataclass(frozen=True)
+class AutogradLinearization:
+    """Two kept autograd graphs.
+
+    The adjoint map ``u ↦ Jᵀu`` is the usual backward graph. Differentiating it once more, with
+    respect to ``u``, gives the tangent map ``v ↦ Jv``: since ``Jᵀu`` is linear in ``u``, its
+    transpose does not depend on ``u`` (Townsend 2017, "A new trick for calculating Jacobian
+    vector products"). Autograd prunes both maps to the parameters they are asked for.
+    """
+
+    outputs: Any
+    leaves: list[Tensor]  # of the outputs, floating-point
+    blocks: list[list[Tensor]]
+    seeds: list[Tensor]  # the u above
+    pulled: list[list[Tensor | None]]  # Jᵀu for each block; None: does not reach the outputs
+
+    @classmethod
+    def of(cls, model: nn.Module, blocks: Sequence[Block], inputs: Any) -> AutogradLinearization:
+        points = [[widened(p.detach()).requires_grad_() for p in block] for block in blocks]
+        values: dict[Tensor, Tensor] = {p: widened(p.detach()) for p in model.parameters()}
+        for block, leaves in zip(blocks, points, strict=True):
+            values.update(zip(block, leaves, strict=True))
+        with torch.enable_grad():
+            outputs = call(model, values, inputs)
+            leaves = differentiable_leaves(outputs)
+            seeds = [torch.zeros_like(leaf, requires_grad=True) for leaf in leaves]
+            flat = iter(_pulled(leaves, seeds, [p for block in points for p in block], True))
+        detached = tree_map_only(Tensor, Tensor.detach, outputs)
+        return cls(detached, leaves, points, seeds, [[next(flat) for _ in b] for b in points])
+
+    def tangents(self, directions: PerBlock) -> PerBlock:
+        return [None if v is None else self._tangent(k, v) for k, v in enumerate(directions)]
+
+    def _tangent(self, k: int, direction: Sequence[Tensor]) -> list[Tensor]:
+        pairs = [(g, v) for g, v in zip(self.pulled[k], direction, strict=True) if g is not None]
+        if not pairs:
+            return [torch.zeros_like(leaf) for leaf in self.leaves]
+        maps, vectors = zip(*pairs, strict=True)
+        return _detached(
+            torch.autograd.grad(
+                maps, self.seeds, vectors, retain_graph=True, materialize_grads=True
+            )
+        )
+
+    def adjoints(self, cotangents: PerBlock) -> PerBlock:
+        return [None if u is None else self._adjoint(k, u) for k, u in enumerate(cotangents)]
+
+    def _adjoint(self, k: int, cotangents: Sequence[Tensor]) -> list[Tensor]:
+        found = _pulled(self.leaves, cotangents, self.blocks[k], False)
+        pairs = zip(found, self.blocks[k], strict=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in pairs]
+
+
+def _pulled(
+    outputs: Sequence[Tensor], cotangents: Sequence[Tensor], points: Sequence[Tensor], create: bool
+) -> Sequence[Tensor | None]:
+    """``Jᵀu``, with a graph of its own if ``create``; None for points that reach no output."""
+    pairs = [(o, u) for o, u in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    if not pairs:
+        return [None] * len(points)
+    reached, seeds = zip(*pairs, strict=True)
+    return torch.autograd.grad(
+        reached, points, seeds, retain_graph=True, create_graph=create, allow_unused=True
+    )
+
+
+def _detached(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [tensor.detach() for tensor in tensors]  # torch 2.9's zeros require a gradient
+
+
+@dataclass(frozen=True)
+class TracedLinearization:
+    """Graphs traced once, at the present parameters."""
+
+    outputs: Any
+    maps: tracing.TracedMaps
+
+    def tangents(self, directions: PerBlock) -> PerBlock:
+        return [None if v is None else self.maps.tangent(k, v) for k, v in enumerate(directions)]
+
+    def adjoints(self, cotangents: PerBlock) -> PerBlock:
+        return [None if u is None else self.maps.adjoint(k, u) for k, u in enumerate(cotangents)]
+
+
+class Linearizer:
+    """Linearises networks, and keeps their traces from one update to the next.
+
+    A trace holds for one structure: modules with their settings and modes, shapes, blocks.
+    Another structure is traced again, which costs about as much as five gradients and some
+    milliseconds for each operation. A network whose structure never repeats is not traced
+    any more after `most` times; nor is one for which it fails.
+    """
+
+    most = 16
+
+    def __init__(self) -> None:
+        self._traced: dict[Hashable, _TracedNetwork | str] = {}  # or why there is none
+
+    def __call__(
+        self, model: nn.Module, blocks: Sequence[Block], inputs: Any
+    ) -> tuple[Linearization, str]:
+        """The linearisation of ``model``, and which way was taken (`StepReport.path`).
+
+        ``blocks`` are lists of the model's parameters; the random state moves on as by one call
+        of the model. Half-precision parameters take part as float32.
+        """
+        with torch.no_grad():
+            brought = brought_maps(model, blocks, inputs)
+            if brought is not None:
+                return brought, "brought by the network"
+            key = _structure(model, blocks, inputs)
+            if key not in self._traced:
+                full = len(self._traced) >= self.most
+                self._traced[key] = (
+                    "a new structure each time" if full else _traced(model, blocks, inputs)
+                )
+            traced = self._traced[key]
+            if not isinstance(traced, str):
+                return traced.linearized(model, inputs), "traced"
+        return AutogradLinearization.of(model, blocks, inputs), f"autograd: {traced}"
+
+
+def brought_maps(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> Linearization | None:
+    """The network's own maps, if it has some that hold."""
+    if not isinstance(model, Linearizable):
+        return None
+    # A subclass that changes `forward` alone has left the inherited maps behind.
+    for owner in type(model).__mro__:
+        if "linearize" in vars(owner):
+            break
+        if "forward" in vars(owner):
+            return None
+    if any(widened(p) is not p for p in model.parameters()) or any(True for _ in model.buffers()):
+        return None
+    args, kwargs = call_arguments(inputs)
+    return model.linearize(blocks, *args, **kwargs)
+
+
+class _Slot(enum.Enum):
+    """Where a tensor goes in a network's outputs."""
+
+    FLOATING = enum.auto()
+    OTHER = enum.auto()
+
+
+@dataclass(frozen=True)
+class _TracedNetwork:
+    """A network's trace, and how its outputs are put together."""
+
+    trace: tracing.Trace
+    structure: TreeSpec
+    leaves: list[Any]  # with slots for the tensors
+
+    def linearized(self, model: nn.Module, inputs: Any) -> TracedLinearization:
+        maps = self.trace.linearized([widened(t.detach()) for t in _points(model, inputs)])
+        tensors = {_Slot.FLOATING: iter(maps.outputs), _Slot.OTHER: iter(maps.others)}
+        leaves = [next(tensors[x]) if isinstance(x, _Slot) else x for x in self.leaves]
+        return TracedLinearization(tree_unflatten(leaves, self.structure), maps)
+
+
+def _traced(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> _TracedNetwork | str:
+    """Trace the model; if that fails, why."""
+    variables = _points(model, inputs)
+    points = [widened(tensor.detach()) for tensor in variables]
+    places = {variable: place for place, variable in enumerate(variables)}
+    template: list[Any] = []
+    structure: list[TreeSpec] = []
+
+    def network(points: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        values = dict(zip(variables, points, strict=True))
+        outputs = call(model, values, tree_map_only(Tensor, values.__getitem__, inputs))
+        leaves, spec = tree_flatten(outputs)
+        floating = differentiable_leaves(outputs)
+        others = [x for x in leaves if isinstance(x, Tensor) and not x.is_floating_point()]
+        slots = [_Slot.FLOATING if any(x is f for f in floating) else _Slot.OTHER for x in leaves]
+        pairs = zip(leaves, slots, strict=True)
+        template[:] = [slot if isinstance(x, Tensor) else x for x, slot in pairs]
+        structure[:] = [spec]
+        return floating, others
+
+    state = RandomState.capture(list(model.parameters()))
+    try:
+        with state.replayed():
+            trace = tracing.trace(network, points, [[places[p] for p in b] for b in blocks])
+        with state.replayed():
+            maps = trace.linearized(points)
+        with state.replayed():
+            _check(maps, network(points)[0], [[points[places[p]] for p in b] for b in blocks])
+    except Exception as error:  # whatever a network may do that cannot be traced
+        return (str(error) or type(error).__name__).splitlines()[0]
+    return _TracedNetwork(trace, structure[0], template)
+
+
+def _check(
+    maps: tracing.TracedMaps, outputs: list[Tensor], blocks: Sequence[Sequence[Tensor]]
+) -> None:
+    """The network's outputs are those of the trace, and the two maps are adjoint to each other."""
+    for found, expected in zip(maps.outputs, outputs, strict=True):
+        torch.testing.assert_close(found, expected, equal_nan=True)
+    generator = torch.Generator(outputs[0].device).manual_seed(0)
+
+    def random(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+    for k, block in enumerate(blocks):
+        direction, cotangents = list(map(random, block)), list(map(random, outputs))
+        tangents, adjoints = maps.tangent(k, direction), maps.adjoint(k, cotangents)
+        one, other = _inner(tangents, cotangents), _inner(direction, adjoints)
+        scale = (_inner(tangents, tangents) * _inner(cotangents, cotangents)).sqrt()
+        if (one - other).abs() > torch.finfo(outputs[0].dtype).eps ** 0.5 * scale:
+            raise ArithmeticError(f"tangent and adjoint maps of block {k} do not fit")
+
+
+def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
+
+
+def _points(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """The tensors that a network's outputs depend on, each once."""
+    given = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+    return list(dict.fromkeys([*model.parameters(), *model.buffers(), *given]))
+
+
+def _structure(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> Hashable:
+    """All that a trace takes for granted: whatever of these changes, it holds no more."""
+    variables = _points(model, inputs)
+    places = {variable: place for place, variable in enumerate(variables)}
+    leaves, spec = tree_flatten(inputs)
+    return (
+        tuple((name, type(m), *_frozen(_settings(m))) for name, m in model.named_modules()),
+        tuple((v.shape, v.stride(), v.dtype, v.device) for v in variables),
+        tuple(tuple(places[p] for p in block) for block in blocks),
+        str(spec),
+        tuple(places[x] if isinstance(x, Tensor) else _frozen(x) for x in leaves),
+    )
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """A module's own attributes: all but its parameters, buffers and children."""
+    apart = ("_parameters", "_buffers", "_modules")
+    return {name: value for name, value in vars(module).items() if name not in apart}
+
+
+def _frozen(value: Any) -> Any:
+    """Something hashable that changes when ``value`` does, as far as one can tell."""
+    if isinstance(value, dict):
+        return tuple((key, _frozen(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple, set)):
+        return (type(value), *map(_frozen, value))
+    if isinstance(value, Tensor):
+        return (id(value), value._version)
+    if isinstance(value, (bool, int, float, str, torch.dtype, torch.device, type(None))):
+        return value
+    return id(value)
