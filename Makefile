@@ -12,7 +12,7 @@ SWEEP  := $(RUN) scripts/reproduce.py scale=$(SCALE) $(addprefix seed=,$(SEEDS))
 .DEFAULT_GOAL := help
 EXPERIMENTS := autoencoder lstm resnet
 
-.PHONY: help setup demo test test-slow reproduce-all collect figures clean
+.PHONY: help setup demo test test-slow bench reproduce-all collect figures clean
 .PHONY: $(addprefix reproduce-,$(EXPERIMENTS))
 
 help: ## list the targets
@@ -61,6 +61,12 @@ test: $(READY) ## style, types and tests; minutes
 
 test-slow: $(READY) ## the tests that take minutes each, on real data where BDHF_DATA has it
 	$(RUN) -m pytest -m slow
+
+bench: $(READY) ## what an update costs, beside the peers: benchmarks/results.md, growth.png
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --editable '.[suite,bench]'
+	$(RUN) benchmarks/run.py --output benchmarks/results.md
+	$(RUN) benchmarks/growth.py
 
 clean: ## remove the virtual environment and caches (not results)
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -205,9 +205,12 @@ class _Piece:
             [None if t is None else self.hessian(list(t)) for t in tangents]
         )
         return [
-            None if v is None or u is None else flattened(u, v.dtype).mul_(self.weight)
+            None if v is None or u is None else self._weighted(flattened(u, v.dtype))
             for v, u in zip(vectors, adjoints, strict=True)
         ]
+
+    def _weighted(self, product: Tensor) -> Tensor:
+        return product if self.weight == 1 else product.mul_(self.weight)
 
 
 def flattened(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -33,6 +33,7 @@ from bdhf.config import (
 from bdhf.data import Data, DataError, Images, load
 from bdhf.first_order import FirstOrder
 from bdhf.functional import RandomState
+from bdhf.machine import use_machine
 from bdhf.optimizer import BlockDiagonalHF
 from bdhf.progress import ProgressDisplay
 from bdhf.record import RunFolder
@@ -125,8 +126,7 @@ def run(experiment: Experiment, config: Config) -> RunFolder:
     if done or folder.status == "diverged":
         print(f"{folder.path}: {folder.status} already, with {folder.updates_done} updates")
         return folder
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_machine(config.threads)
     check_against_data(config)
     images = load(config.data.name, config.data.root)
     training = _set_up(experiment, config, images)

@@ -28,9 +28,9 @@ def call(model: nn.Module, values: Mapping[Tensor, Tensor], inputs: Any) -> Any:
     for prefix, module in model.named_modules():
         prefix = prefix + "." if prefix else ""
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            state[prefix + name] = values.get(parameter, parameter.detach())
+            state[prefix + name] = values[parameter] if parameter in values else parameter.detach()
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            state[prefix + name] = values.get(buffer, widened(buffer)).clone()
+            state[prefix + name] = (values[buffer] if buffer in values else widened(buffer)).clone()
     args, kwargs = call_arguments(inputs)
     return functional_call(model, state, args, kwargs, tie_weights=False)
 

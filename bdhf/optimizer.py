@@ -180,7 +180,6 @@ class BlockDiagonalHF(Optimizer):
         loss = None
         if batch is not None:
             loss = loss_and_gradient(model, criterion, batch, parameters, micro_batch)
-        gradients = [_flat_gradient(block) for block in blocks]
         if all(p.grad is None for p in parameters):
             raise ValueError(
                 "batch=None uses the gradients in p.grad, and there are none; "
@@ -192,14 +191,13 @@ class BlockDiagonalHF(Optimizer):
         matrix = GaussNewton(
             model, criterion, curvature_batch, blocks, micro_batch, state, self._linearizer
         )
+        descents = [_flat_gradient(block).neg_() for block in blocks]
+        norms = torch._foreach_norm(descents)
+        norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
         solved = dict(
-            zip(map(id, groups), self._solve(matrix, groups, blocks, gradients), strict=True)
+            zip(map(id, groups), self._solve(matrix, groups, blocks, descents), strict=True)
         )
         steps = [solved.get(id(group), _FROZEN) for group in self.param_groups]
-
-        norm = torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(g).to(gradients[0].device) for g in gradients])
-        )
         self.last_step = StepReport(steps, norm, matrix.path)
         return loss
 
@@ -228,7 +226,7 @@ class BlockDiagonalHF(Optimizer):
         matrix: GaussNewton,
         groups: list[dict[str, Any]],
         blocks: list[list[nn.Parameter]],
-        gradients: list[Tensor],
+        descents: list[Tensor],
     ) -> list[BlockStep]:
         """Solve every block, step along the solutions and keep them for the next warm start."""
         used = [0] * len(blocks)
@@ -240,8 +238,8 @@ class BlockDiagonalHF(Optimizer):
 
         solutions = conjugate_gradient(
             matvec,
-            [gradient.neg() for gradient in gradients],
-            [self._warm_start(*row) for row in zip(groups, blocks, gradients, strict=True)],
+            descents,
+            [self._warm_start(*row) for row in zip(groups, blocks, descents, strict=True)],
             max_iter=[group["cg_max_iter"] for group in groups],
             tol=[group["cg_tol"] for group in groups],
             damping=[group["damping"] for group in groups],
@@ -256,13 +254,13 @@ class BlockDiagonalHF(Optimizer):
         ]
 
     def _warm_start(
-        self, group: dict[str, Any], block: list[nn.Parameter], gradient: Tensor
+        self, group: dict[str, Any], block: list[nn.Parameter], descent: Tensor
     ) -> Tensor | None:
         """The last solution times ``cg_momentum``; None where that is zero."""
         if group["cg_momentum"] == 0 or not any("cg_solution" in self.state[p] for p in block):
             return None
         last = [self.state[p].get("cg_solution", torch.zeros_like(p)) for p in block]
-        return flattened(last, gradient.dtype).mul_(group["cg_momentum"])
+        return flattened(last, descent.dtype).mul_(group["cg_momentum"])
 
 
 def _flat_gradient(block: list[nn.Parameter]) -> Tensor:

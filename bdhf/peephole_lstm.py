@@ -13,7 +13,7 @@ another sigmoid or tanh.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -156,22 +156,18 @@ class _Weights(NamedTuple):
         return o * c.tanh(), c
 
 
-_MATRICES = ("input_weight", "recurrent_weight")
-
-
 def _matrix(parameters: Mapping[str, Tensor], width: int) -> Tensor:
-    """Input and recurrent weights (or their tangents) side by side: (4 units, 2 width)."""
-    weights = [parameters[name] for name in _MATRICES]
+    """Input and recurrent weights side by side: (4 units, 2 width)."""
+    weights = parameters["input_weight"], parameters["recurrent_weight"]
     return torch.cat([pad(weight, (0, width - weight.shape[1])) for weight in weights], 1)
 
 
 @dataclass(frozen=True)
 class LinearizedLSTM:
-    """A `PeepholeLSTM` at certain parameters and a sequence.
+    """A `PeepholeLSTM` at certain parameters and sequences.
 
-    Arrays over the wavefront have dimensions (step, layer, feature, batch) and are zero where a
-    layer is not active. Among the hidden states, the sequence itself stands below the bottom
-    layer, so that what a layer reads is a view of two neighbours.
+    Arrays over the wavefront have dimensions (step, layer, feature, batch), and are zero where a
+    layer is not active.
 
     Attributes:
         outputs: what the network returns (batch, outputs).
@@ -180,12 +176,12 @@ class LinearizedLSTM:
     outputs: Tensor
     readout: nn.Linear
     blocks: list[list[_Place]]
-    inputs: int
-    time: int
+    layout: _Layout
     matrix: Tensor  # of `_Weights`
-    hidden: Tensor  # (steps + 1, 1 + layers, width, batch), before each step and after the last
-    cell: Tensor  # (steps + 1, layers, units, batch)
+    reads: Tensor  # what the layers read: [x; h⁻; 1], filled up as in `_Weights`
+    cell: Tensor  # (steps + 1, layers, units, batch), before each step and after the last
     slopes: _Slopes
+    top: Tensor  # the top layer's last hidden state (batch, units)
     stacks: dict[tuple[int, ...], _Stack] = field(default_factory=dict)
 
     @classmethod
@@ -199,131 +195,94 @@ class LinearizedLSTM:
         """Run the network forward and keep what the maps need."""
         matrix, bias, peepholes = weights
         (depth, _, units, _), (rows, time, inputs) = peepholes.shape, sequences.shape
-        steps, width = time + depth - 1, matrix.shape[2] // 2
-        gates = matrix.new_zeros(steps, depth, 4 * units, rows)
-        for layer in range(depth):
-            gates[layer : layer + time, layer] = bias[layer]
-        hidden = matrix.new_zeros(steps + 1, 1 + depth, width, rows)
-        hidden[:time, 0, :inputs] = sequences.permute(1, 2, 0)
+        steps, layout = time + depth - 1, _Layout(inputs, units, matrix.shape[2] // 2)
+        reads = matrix.new_zeros(steps + 1, depth, 2 * layout.width + 1, rows)
+        below, before, one = reads.split((layout.width, layout.width, 1), 2)
+        below[:time, 0, :inputs] = sequences.permute(1, 2, 0)
         cell = matrix.new_zeros(steps + 1, depth, units, rows)
-        squashed = torch.zeros_like(cell)
-        reads = _neighbours(hidden)
+        gates = matrix.new_zeros(steps, depth, 4 * units, rows)
+        squashed = matrix.new_zeros(steps, depth, units, rows)
         for step in range(steps):
             active = _active(step, time)
-            z, before, c = gates[step, active], cell[step, active], cell[step + 1, active]
-            z.baddbmm_(matrix[active], reads[step, active])
+            one[step, active] = 1
+            z, read, c = gates[step, active], reads[step, active, :-1], cell[step + 1, active]
+            torch.baddbmm(bias[active], matrix[active], read, out=z)
             early, g, late = z.unflatten(1, (4, units)).split((2, 1, 1), 1)
-            early.addcmul_(peepholes[active, :2], before.unsqueeze(1)).sigmoid_()
-            torch.mul(early[:, 1], before, out=c).addcmul_(early[:, 0], g.squeeze(1).tanh_())
+            early.addcmul_(peepholes[active, :2], cell[step, active].unsqueeze(1)).sigmoid_()
+            torch.mul(early[:, 1], cell[step, active], out=c)
+            c.addcmul_(early[:, 0], g.squeeze(1).tanh_())
             o = late.squeeze(1).addcmul_(peepholes[active, 2], c).sigmoid_()
-            tanh = torch.tanh(c, out=squashed[step + 1, active])
-            torch.mul(o, tanh, out=hidden[step + 1, 1:, :units][active])
-        slopes = _Slopes.of(gates, cell[:-1], squashed[1:], peepholes)
-        outputs = readout(hidden[-1, -1, :units].T)
-        return cls(outputs, readout, blocks, inputs, time, matrix, hidden, cell, slopes)
+            h = o * torch.tanh(c, out=squashed[step, active])
+            before[step + 1, active, :units] = h
+            above = below[step + 1, active.start + 1 : active.stop + 1, :units]
+            above.copy_(h[: len(above)])
+        slopes = _Slopes.of(gates, cell[:-1], squashed, peepholes)
+        top = before[-1, -1, :units].T
+        return cls(readout(top), readout, blocks, layout, matrix, reads[:-1], cell, slopes, top)
 
     def tangents(self, directions: PerBlock) -> PerBlock:
         """For each block with a direction, the tangent of ``outputs``."""
-        stack = self._stack(directions)
-        named = [
-            {} if direction is None else dict(zip(block, direction, strict=True))
-            for block, direction in zip(self.blocks, directions, strict=True)
-        ]
-        for (k, layer), place in stack.pairs.items():
-            self._drive(
-                layer,
-                stack.gates(place, layer),
-                {place.name: vector for place, vector in named[k].items() if place.layer == layer},
-            )
-        moved, depth = stack.tangent(), len(self.matrix)
-        results: list[list[Tensor] | None] = [None] * len(directions)
+        stack, depth = self._stack(directions), len(self.matrix)
+        drive = stack.no_drive()
+        tangents: dict[int, Tensor] = {}
         for k in stack.live:
-            tangent = torch.zeros_like(self.outputs)
-            if (k, depth - 1) in stack.pairs:
-                tangent += moved[stack.pairs[k, depth - 1]].T @ self.readout.weight.T
-            if (weight := named[k].get(_Place(depth, "weight"))) is not None:
-                tangent += self._top() @ weight.T
-            if (bias := named[k].get(_Place(depth, "bias"))) is not None:
-                tangent += bias
-            results[k] = [tangent]
-        return results
+            tangents[k] = torch.zeros_like(self.outputs)
+            for place, vector in zip(self.blocks[k], directions[k] or (), strict=True):
+                if place.layer < depth:
+                    self.layout.view(drive, stack.pairs[k, place.layer], place).copy_(vector)
+                else:
+                    tangents[k] += vector if place.name == "bias" else self.top @ vector.T
+        for k, moved in stack.tangent(drive).items():
+            tangents[k] += moved.T @ self.readout.weight.T
+        return [[tangents[k]] if k in tangents else None for k in range(len(directions))]
 
     def adjoints(self, cotangents: PerBlock) -> PerBlock:
         """For each block with a cotangent of ``outputs``, those of its parameters."""
         stack, depth = self._stack(cotangents), len(self.matrix)
         given = {k: u[0] for k, u in enumerate(cotangents) if u is not None}
-        stack.adjoint({k: (u @ self.readout.weight).T for k, u in given.items()})
-        found: dict[tuple[int, _Place], Tensor] = {}
-        for (k, layer), place in stack.pairs.items():
-            names = {p.name for p in self.blocks[k] if p.layer == layer}
-            for name, cotangent in self._gather(layer, stack.gates(place, layer), names).items():
-                found[k, _Place(layer, name)] = cotangent
-        for k, u in given.items():
-            found[k, _Place(depth, "weight")] = u.T @ self._top()
-            found[k, _Place(depth, "bias")] = u.sum(0)
+        drive = stack.adjoint({k: (u @ self.readout.weight).T for k, u in given.items()})
+
+        def of_parameter(k: int, place: _Place) -> Tensor:
+            if place.layer < depth:
+                return self.layout.view(drive, stack.pairs[k, place.layer], place)
+            return given[k].sum(0) if place.name == "bias" else given[k].T @ self.top
+
         return [
-            [found[k, place] for place in block] if k in given else None
+            [of_parameter(k, place) for place in block] if k in given else None
             for k, block in enumerate(self.blocks)
         ]
-
-    def _top(self) -> Tensor:
-        """What the linear layer reads: (batch, units)."""
-        return self.hidden[-1, -1, : self.cell.shape[2]].T
 
     def _stack(self, asked: PerBlock) -> _Stack:
         """The blocks that are asked for; which ones changes only when a block's CG has stopped."""
         live = tuple(k for k, vectors in enumerate(asked) if vectors is not None)
         if live not in self.stacks:
             self.stacks.clear()
-            self.stacks[live] = _Stack.of(self.matrix, self.slopes, self.blocks, live)
+            self.stacks[live] = _Stack.of(self, live)
         return self.stacks[live]
 
-    def _drive(self, layer: int, gates: Tensor, tangents: dict[str, Tensor]) -> None:
-        """Set a layer's gates (time, 4 units, batch) to what its parameters' tangents give them."""
-        total = tangents["bias"].unsqueeze(1) if "bias" in tangents else gates.new_zeros(())
-        if not tangents.keys().isdisjoint(_MATRICES):
-            units = self.cell.shape[2]
-            nothing = {
-                "input_weight": gates.new_zeros(4 * units, units if layer else self.inputs),
-                "recurrent_weight": gates.new_zeros(4 * units, units),
-            }
-            matrix = _matrix(nothing | tangents, self.hidden.shape[2])
-            # Repeated: a batch of one and the same matrix would be multiplied piece by piece.
-            total = torch.baddbmm(total, matrix.repeat(self.time, 1, 1), self._read(layer))
-        gates.copy_(total)
-        if "peepholes" in tangents:
-            i, f, o = tangents["peepholes"].unsqueeze(2)
-            into_i, into_f, _, into_o = gates.chunk(4, 1)
-            before, after = self._cells(layer)
-            into_i.addcmul_(i, before)
-            into_f.addcmul_(f, before)
-            into_o.addcmul_(o, after)
 
-    def _gather(self, layer: int, gates: Tensor, names: Collection[str]) -> dict[str, Tensor]:
-        """The transpose of `_drive`."""
-        found = {}
-        if "bias" in names:
-            found["bias"] = gates.sum((0, 2))
-        if "peepholes" in names:
-            i, f, _, o = gates.chunk(4, 1)
-            before, after = self._cells(layer)
-            products = i * before, f * before, o * after
-            found["peepholes"] = torch.stack([product.sum((0, 2)) for product in products])
-        if not set(names).isdisjoint(_MATRICES):
-            below, before = torch.bmm(self._read(layer), gates.mT).sum(0).T.chunk(2, 1)
-            units = self.cell.shape[2]
-            found["input_weight"] = below[:, : units if layer else self.inputs]
-            found["recurrent_weight"] = before[:, :units]
-        return found
+class _Drive(NamedTuple):
+    """What directions of the parameters give the gates, as factors of what the layers read."""
 
-    def _cells(self, layer: int) -> tuple[Tensor, Tensor]:
-        """A layer's cell states (time, units, batch), before and after each step."""
-        cells = self.cell[layer : layer + self.time + 1, layer]
-        return cells[:-1], cells[1:]
+    matrices: Tensor  # (pairs, 4 units, 2 width + 1)
+    peepholes: Tensor  # (pairs, 3, units)
 
-    def _read(self, layer: int) -> Tensor:
-        """What a layer reads: (time, 2 width, batch)."""
-        return _neighbours(self.hidden)[layer : layer + self.time, layer]
+
+class _Layout(NamedTuple):
+    """Where a layer's parameters are in a `_Drive`."""
+
+    inputs: int
+    units: int
+    width: int
+
+    def view(self, drive: _Drive, pair: int, place: _Place) -> Tensor:
+        """A parameter's part, in its shape."""
+        matrix = drive.matrices[pair]
+        if place.name == "input_weight":
+            return matrix[:, : self.units if place.layer else self.inputs]
+        if place.name == "recurrent_weight":
+            return matrix[:, self.width : self.width + self.units]
+        return matrix[:, -1] if place.name == "bias" else drive.peepholes[pair]
 
 
 class _Slopes(NamedTuple):
@@ -353,16 +312,16 @@ class _Slopes(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """Views of one step in the arrays of a `_Stack`."""
+    """What the maps need of one step; each but the first has the pair as its first dimension."""
 
-    gates: Tensor  # (pairs, 4 units, batch), as the slopes after it
-    early: Tensor  # (pairs, 3, units, batch), a part of the gates: all that act on the cell
-    late: Tensor  # (pairs, units, batch), the output gate
-    slopes: Tensor
-    early_slopes: Tensor
-    late_slopes: Tensor
-    cell: Tensor
-    hidden: Tensor
+    reads: tuple[Tensor, ...]  # (2 width + 1, batch) of each layer
+    gates: Tensor  # the slopes of the gates (4 units, batch), in two parts:
+    early: Tensor  # (3, units, batch), of those that act on the cell
+    late: Tensor  # (units, batch), of the output gate
+    along: Tensor  # the slope of the cell by the cell before
+    out: Tensor  # the slope of the hidden state by the cell
+    before: Tensor  # cell states (1, units, batch)
+    after: Tensor  # (units, batch)
 
 
 @dataclass(frozen=True)
@@ -376,81 +335,114 @@ class _Stack:
 
     live: Sequence[int]
     pairs: dict[tuple[int, int], int]  # places of (block, layer)
-    time: int
+    driven: list[tuple[int, int]]  # places, with layers, of those with parameters in the block
+    tops: dict[int, int]  # each block's pair with the top layer
     matrix: Tensor  # (pairs, 4 units, 2 width)
-    work: Tensor  # (steps, pairs, 4 units, batch): what the gates get, forward or backward
+    rows: int  # of the batch
     steps: list[_Step]  # those in which a layer of these blocks is active
 
     @classmethod
-    def of(
-        cls, matrix: Tensor, slopes: _Slopes, blocks: list[list[_Place]], live: Sequence[int]
-    ) -> _Stack:
-        depth, width = len(matrix), matrix.shape[2] // 2
-        lowest = {k: min(place.layer for place in blocks[k]) for k in live}
-        pairs = [(k, layer) for k in live for layer in range(lowest[k], depth)]
-        layers = [layer for _, layer in pairs]
-        matrix = matrix[layers]
-        for place, (k, layer) in enumerate(pairs):
-            if layer == lowest[k]:
+    def of(cls, at: LinearizedLSTM, live: Sequence[int]) -> _Stack:
+        depth, width = len(at.matrix), at.layout.width
+        own = {k: {place.layer for place in at.blocks[k] if place.layer < depth} for k in live}
+        order = [(k, layer) for k in live for layer in range(min(own[k], default=depth), depth)]
+        layers = [layer for _, layer in order]
+        matrix, slopes, cell = at.matrix[layers], at.slopes, at.cell
+        for place, (k, layer) in enumerate(order):
+            if layer == min(own[k]):
                 matrix[place, :, :width] = 0
         if layers != list(range(depth)):
             slopes = _Slopes(*(slope[:, layers] for slope in slopes))
-        work = torch.zeros_like(slopes.gates)
-        parts = [x.unflatten(2, (4, -1)).split((3, 1), 2) for x in (work, slopes.gates)]
-        (early, late), (early_slopes, late_slopes) = parts
-        steps = zip(
-            work,
+            cell = cell[:, layers]
+        early, late = slopes.gates.unflatten(2, (4, -1)).split((3, 1), 2)
+        rows = zip(
+            (read.unbind() for read in at.reads),
+            slopes.gates,
             early,
             late.squeeze(2),
-            slopes.gates,
-            early_slopes,
-            late_slopes.squeeze(2),
             slopes.cell,
             slopes.hidden,
+            cell[:-1].unsqueeze(2),
+            cell[1:],
             strict=True,
         )
-        places = {pair: place for place, pair in enumerate(pairs)}
-        moving = list(map(_Step._make, steps))[min(layers, default=len(work)) :]
-        return cls(live, places, len(work) - depth + 1, matrix, work, moving)
+        steps = list(map(_Step._make, rows))[min(layers, default=len(at.reads)) :]
+        return cls(
+            live,
+            {pair: place for place, pair in enumerate(order)},
+            [(place, layer) for place, (k, layer) in enumerate(order) if layer in own[k]],
+            {k: place for place, (k, layer) in enumerate(order) if layer == depth - 1},
+            matrix,
+            at.reads.shape[3],
+            steps,
+        )
 
-    def gates(self, place: int, layer: int) -> Tensor:
-        """A pair's part of ``work`` while its layer is active: (time, 4 units, batch)."""
-        return self.work[layer : layer + self.time, place]
+    def no_drive(self) -> _Drive:
+        """Zeros."""
+        pairs, gates, features = self.matrix.shape
+        return _Drive(
+            self.matrix.new_zeros(pairs, gates, features + 1),
+            self.matrix.new_zeros(pairs, 3, gates // 4),
+        )
 
-    def tangent(self) -> Tensor:
-        """Tangents of the last hidden states (pairs, units, batch); uses ``work`` up."""
-        _, pairs, gates, rows = self.work.shape
-        units = gates // 4
-        hidden = self.matrix.new_zeros(1 + pairs, self.matrix.shape[2] // 2, rows)
-        reads, h = _neighbours(hidden), hidden[1:, :units]
+    def tangent(self, drive: _Drive) -> dict[int, Tensor]:
+        """For each block, the tangent of the top layer's last hidden state (units, batch)."""
+        hidden, z, early, late = self._states(slots=1 + len(self.matrix))
+        reads, h = _neighbours(hidden), hidden[1:, : late.shape[1]]
         c = torch.zeros_like(h)
+        into_early, into_late = drive.peepholes.unsqueeze(3).split((2, 1), 1)
+        into_late = into_late.squeeze(1)
+        driven = [(drive.matrices[place], z[place], layer) for place, layer in self.driven]
         for step in self.steps:
-            step.gates.baddbmm_(self.matrix, reads).mul_(step.slopes)
-            torch.addcmul(step.early.sum(1), step.cell, c, out=c)
-            torch.addcmul(step.late, step.hidden, c, out=h)
-        return h
+            if len(driven) < len(z):
+                z.zero_()
+            for matrix, gates, layer in driven:
+                torch.mm(matrix, step.reads[layer], out=gates)
+            early[:, :2].addcmul_(into_early, step.before)
+            late.addcmul_(into_late, step.after)
+            z.baddbmm_(self.matrix, reads).mul_(step.gates)
+            torch.addcmul(early.sum(1), step.along, c, out=c)
+            torch.addcmul(late, step.out, c, out=h)
+        return {k: h[place] for k, place in self.tops.items()}
 
-    def adjoint(self, cotangents: dict[int, Tensor]) -> None:
-        """Fill ``work`` with the gates' cotangents, given those of blocks' top layers."""
-        _, pairs, gates, rows = self.work.shape
-        units, width = gates // 4, self.matrix.shape[2] // 2
-        transposed = self.matrix.mT.contiguous()
-        h = self.matrix.new_zeros(pairs, units, rows)
+    def adjoint(self, cotangents: dict[int, Tensor]) -> _Drive:
+        """The transpose of `tangent`."""
+        hidden, z, early, late = self._states(slots=len(self.matrix))
+        width, units = hidden.shape[1], late.shape[1]
+        h = hidden[:, :units]
         c = torch.zeros_like(h)
-        for (k, layer), place in self.pairs.items():
-            if (k, layer + 1) not in self.pairs:
-                h[place] = cotangents[k]
+        for k, place in self.tops.items():
+            h[place] = cotangents[k]
+        transposed = self.matrix.mT.contiguous()
+        matrices, peepholes = self.no_drive()
+        matrices = matrices.mT.contiguous()  # as (reads, gates), which multiplies faster
+        peepholes = peepholes.unsqueeze(3).repeat(1, 1, 1, self.rows)  # summed at the end
+        into_early, into_late = peepholes[:, :2], peepholes[:, 2]
+        driven = [(matrices[place], z[place], layer) for place, layer in self.driven]
         for step in reversed(self.steps):
-            c.addcmul_(step.hidden, h)
-            torch.mul(step.early_slopes, c.unsqueeze(1), out=step.early)
-            torch.mul(step.late_slopes, h, out=step.late)
-            c.mul_(step.cell)
-            back = torch.bmm(transposed, step.gates)
-            h = back[:, width : width + units]
-            h[:-1].add_(back[1:, :units])
+            c.addcmul_(step.out, h)
+            torch.mul(step.early, c.unsqueeze(1), out=early)
+            torch.mul(step.late, h, out=late)
+            c.mul_(step.along)
+            for matrix, gates, layer in driven:
+                matrix.addmm_(step.reads[layer], gates.T)
+            into_early.addcmul_(early[:, :2], step.before)
+            into_late.addcmul_(late, step.after)
+            below, before = torch.bmm(transposed, z).split(width, 1)
+            h = before[:, :units]
+            h[:-1].add_(below[1:, :units])
+        return _Drive(matrices.mT, peepholes.sum(3))
+
+    def _states(self, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Zeros for hidden states and for the gates, these also in two parts as in `_Step`."""
+        pairs, gates, features = self.matrix.shape
+        hidden = self.matrix.new_zeros(slots, features // 2, self.rows)
+        z = self.matrix.new_zeros(pairs, gates, self.rows)
+        early, late = z.unflatten(1, (4, -1)).split((3, 1), 1)
+        return hidden, z, early, late.squeeze(1)
 
 
 def _neighbours(states: Tensor) -> Tensor:
-    """Each layer beside the next: (..., n, width, batch) as (..., n - 1, 2 width, batch)."""
-    *outer, layers, width, rows = states.shape
-    return states.as_strided((*outer, layers - 1, 2 * width, rows), states.stride())
+    """Each layer beside the next: (n, width, batch) as (n - 1, 2 width, batch)."""
+    layers, width, rows = states.shape
+    return states.as_strided((layers - 1, 2 * width, rows), states.stride())

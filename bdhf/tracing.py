@@ -25,7 +25,18 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 _aten = torch.ops.aten
-_COPIES = (_aten.alias.default, _aten.clone.default, _aten.copy.default)
+_MATRIX_PRODUCT = (_aten.mm.default,)
+#: Operations that make a tensor of their own, which may be changed while it has one use.
+_FRESH = (
+    *_MATRIX_PRODUCT,
+    _aten.add_.Tensor,
+    _aten.clone.default,
+    _aten.addmm.default,
+    _aten.addmm_.default,
+    _aten.bmm.default,
+    _aten.convolution.default,
+)
+_COPIES = (_aten.clone.default, _aten.copy.default)
 
 #: Maps points (parameters, buffers, inputs) to floating-point outputs and to others.
 Network = Callable[[Sequence[Tensor]], tuple[list[Tensor], list[Tensor]]]
@@ -159,7 +170,10 @@ class _Joint:
         directions = [points[place].clone() for place in floating]
         with warnings.catch_warnings():  # torch warns of itself when it first loads its formulas
             warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
-            module = make_fx(functionalize(joint))(list(points), directions, outputs)
+            # Fake tensors have shapes and layouts but no values: tracing costs neither memory nor
+            # arithmetic.
+            tracer = make_fx(functionalize(joint), tracing_mode="fake", _allow_non_fake_inputs=True)
+            module = tracer(list(points), directions, outputs)
         return cls._sorted(module, floating, trainable, len(points), len(outputs))
 
     @classmethod
@@ -237,6 +251,7 @@ def _cut(
     new = Graph()
     copies = {node: new.placeholder(node.name) for node in arguments}
     residuals: dict[Node, Node] = {}
+    computed: dict[tuple[Any, str, str], Node] = {}
     end = [*copies.values()][-1]  # of the placeholders
 
     def copied(node: Node) -> Node:
@@ -260,13 +275,24 @@ def _cut(
         moving = [argument for argument in inputs if argument not in zeros]
         if not moving:
             zeros.add(node)
-        elif len(moving) < len(inputs) and _is_sum(node) and _alike(node, moving[0]):
+        elif len(moving) < len(inputs) and _is_sum(node) and node.meta["val"].is_contiguous():
             copies[node] = copied(moving[0])
+            if not _alike(node, moving[0]):
+                shape = list(node.meta["val"].shape)
+                spread = new.call_function(_aten.expand.default, (copies[node], shape))
+                copies[node] = new.call_function(
+                    _aten.clone.default, (spread,), {"memory_format": torch.contiguous_format}
+                )
+                copies[node].meta = node.meta
         else:
             copies[node] = new.node_copy(node, copied)
+            # The formulas of one operation compute some things twice.
+            same = (node.target, str(copies[node].args), str(copies[node].kwargs))
+            copies[node] = computed.setdefault(same, copies[node])
     new.output([copied(node) for node in results])
     new.eliminate_dead_code()
     _mask_outputs(new)
+    _accumulate(new)
     for node, placeholder in list(residuals.items()):
         if not placeholder.users:
             new.erase_node(placeholder)
@@ -275,13 +301,15 @@ def _cut(
 
 
 def _simplify(graph: Graph, linear: set[Node]) -> None:
-    """Take copies out of the linear graphs, where no operation changes a tensor.
+    """Take out aliases, and out of the linear graphs, where nothing changes a tensor, copies.
 
     Not out of the primal graph: batch norm changes its running statistics unannounced, which are
     copies of the network's for that reason.
     """
     for node in graph.nodes:
-        if node in linear and node.target in _COPIES:
+        if node.target is _aten.alias.default:
+            node.replace_all_uses_with(node.args[0])
+        elif node in linear and node.target in _COPIES:
             source = node.args[-1]
             if source in linear and _alike(node, source):
                 node.replace_all_uses_with(source)
@@ -312,6 +340,35 @@ def _mask_outputs(graph: Graph) -> None:
             place = names.index("output_mask")
             mask = [asked and k in used for k, asked in enumerate(node.args[place])]
             node.update_arg(place, mask)
+
+
+def _accumulate(graph: Graph) -> None:
+    """Add a product to a sum as it is computed, in place where the sum is used nowhere else."""
+    for node in list(graph.nodes):
+        if not _is_sum(node):
+            continue
+        base, term = node.args
+        if _is_own(base, _MATRIX_PRODUCT) or not _is_own(base, _FRESH):
+            base, term = term, base
+        in_place = _is_own(base, _FRESH) and _alike(node, base)
+        with graph.inserting_before(node):
+            if _is_own(term, _MATRIX_PRODUCT) and node.meta["val"].is_contiguous():
+                target = _aten.addmm_.default if in_place else _aten.addmm.default
+                total = graph.call_function(target, (base, *term.args))
+            elif in_place:
+                total = graph.call_function(_aten.add_.Tensor, (base, term))
+            else:
+                continue
+        total.meta = node.meta
+        node.replace_all_uses_with(total)
+        graph.erase_node(node)
+        if not term.users:
+            graph.erase_node(term)
+
+
+def _is_own(node: Any, targets: Sequence[Any]) -> bool:
+    """Whether a node makes a tensor of its own by one of ``targets``, for one use only."""
+    return node.target in targets and len(node.users) == 1
 
 
 def _dependent(graph: Graph, sources: Iterable[Node]) -> set[Node]:

@@ -70,21 +70,22 @@ def count_work(
     blocks = [[twins[places[p]] for p in block] for block in blocks]
     parameters = [p for block in blocks for p in block]
     with RandomState.capture(parameters).replayed():
-        gradient = _multiply_adds(lambda: loss_and_gradient(model, criterion, batch, parameters))
+        gradient = multiply_adds(lambda: loss_and_gradient(model, criterion, batch, parameters))
         linearizer = Linearizer()
         matrix = GaussNewton(model, criterion, batch, blocks, linearizer=linearizer)
-        setup = _multiply_adds(  # the trace, made once a run, is there by now
+        setup = multiply_adds(  # the trace, made once a run, is there by now
             lambda: GaussNewton(model, criterion, batch, blocks, linearizer=linearizer)
         )
         products = []
         for k, block in enumerate(blocks):
             query: list[Tensor | None] = [None] * len(blocks)
             query[k] = torch.cat([p.detach().reshape(-1) for p in block])
-            products.append(_multiply_adds(functools.partial(matrix.products, query)))
+            products.append(multiply_adds(functools.partial(matrix.products, query)))
     return Work(setup / gradient, [product / gradient for product in products])
 
 
-def _multiply_adds(function: Callable[[], object]) -> int:
+def multiply_adds(function: Callable[[], object]) -> int:
+    """What ``function`` computes, by torch's formulas; a multiply-add counts as two."""
     with _Counter() as counter:
         function()
     return counter.total

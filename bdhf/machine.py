@@ -1,0 +1,27 @@
+"""What the suite asks of the machine that it runs on."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import torch
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # malloc.h
+
+
+def use_machine(threads: int | None) -> None:
+    """Compute with so many CPU threads (None: torch's choice), and keep freed memory.
+
+    glibc gives every freed tensor of some megabytes back to the system, and gets it again, page
+    by page, for the next one: up to a third of the time of a ResNet on a CPU (measured in
+    benchmarks/). Kept for reuse instead, memory costs nothing. Other C libraries are left alone.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "gnu_get_libc_version"):
+            libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+            libc.mallopt(_TOP_PAD, 2**28)
+            libc.mallopt(_MMAP_MAX, 0)
