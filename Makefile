@@ -2,12 +2,17 @@
 
 SCALE  ?= laptop
 SEEDS  ?=
+# Cells made at once, each on one thread: two such processes do more than one with two threads.
+JOBS   ?= $(shell command -v nvidia-smi >/dev/null && echo 1 || nproc 2>/dev/null || echo 1)
 PYTHON ?= python3
 VENV   ?= .venv
 
 RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 SWEEP  := $(RUN) scripts/reproduce.py scale=$(SCALE) $(addprefix seed=,$(SEEDS))
+ifneq ($(JOBS),1)
+SWEEP  += hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) threads=1
+endif
 
 .DEFAULT_GOAL := help
 EXPERIMENTS := autoencoder lstm resnet
@@ -21,6 +26,7 @@ help: ## list the targets
 	@echo
 	@echo "  SCALE=paper|laptop|demo picks all sizes at once (default: laptop);"
 	@echo "  SEEDS=0,1 makes these seeds only (default: all of the scale's);"
+	@echo "  JOBS=2 makes so many cells at once (default: one a core, or 1 with a GPU);"
 	@echo "  BDHF_DATA=FOLDER names a folder with data sets (default: data, filled by download)."
 
 setup: $(READY) ## a virtual environment with pinned versions in .venv

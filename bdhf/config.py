@@ -87,7 +87,8 @@ class Config:
     curvature_batch_size: int | None = None
     updates: int = MISSING
     evaluate_every: int = MISSING
-    # Rows of the fixed random subset of the training set on which the training loss is followed.
+    # Rows of the fixed random subsets on which training is followed, of the training set and of the
+    # test set each; at the end both are evaluated whole.
     evaluation_rows: int = 10_000
 
     # These change neither the curve nor the run's folder.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,20 +92,21 @@ class Experiment:
 def main(experiment: Experiment) -> None:
     """Command line of an experiment: Hydra composes the config, `run` does the work."""
     register(experiment.name, experiment.settings)
-    failures: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        refused = Path(folder) / "refused"  # a file, since a launcher may use several processes
 
-    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=experiment.name)
-    def job(composed: DictConfig) -> None:
-        try:
-            run(experiment, checked(composed))
-        except (ConfigError, DataError) as error:
-            # Not raised further: in a sweep, the other runs go on.
-            failures.append(str(error))
-            print(f"error: {error}", file=sys.stderr)
+        @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=experiment.name)
+        def job(composed: DictConfig) -> None:
+            try:
+                run(experiment, checked(composed))
+            except (ConfigError, DataError) as error:
+                # Not raised further: in a sweep, the other runs go on.
+                print(f"error: {error}", file=sys.stderr)
+                refused.touch()
 
-    job()
-    if failures:
-        sys.exit(1)
+        job()
+        if refused.exists():
+            sys.exit(1)
 
 
 def run(experiment: Experiment, config: Config) -> RunFolder:
@@ -270,8 +272,12 @@ def _close(folder: RunFolder, training: Training, outcome: Outcome) -> None:
     facts: dict[str, Any] = {}
     if outcome.status == "finished":
         problem = training.problem
-        loss, accuracy = evaluate(problem, problem.model, problem.train)
-        facts = {"full_train_loss": loss, "full_train_accuracy": accuracy}
+        for name, data in (("train", problem.train), ("test", problem.test)):
+            loss, accuracy = evaluate(problem, problem.model, data)
+            facts |= {f"full_{name}_loss": loss, f"full_{name}_accuracy": accuracy}
+        if training.averaged is not None:
+            loss, accuracy = evaluate(problem, training.averaged, problem.test)
+            facts |= {"full_averaged_test_loss": loss, "full_averaged_test_accuracy": accuracy}
     folder.end(outcome.status, outcome.reason, training.progress.update, **facts)
 
 

@@ -22,6 +22,13 @@ from bdhf.record import number, read_metrics, read_table, write_table
 #: Runs that ended, whichever way; the others have no curve to show yet.
 _ENDED = ("finished", "diverged")
 
+#: What was evaluated on whole data sets when a run had ended.
+_FULL_METRICS = tuple(
+    f"full_{data}_{metric}"
+    for data in ("train", "test", "averaged_test")
+    for metric in ("loss", "accuracy")
+)
+
 Series = NDArray[np.float64]
 
 
@@ -132,8 +139,7 @@ def _run_row(folder: Path, provenance: dict[str, Any]) -> dict[str, Any]:
         "status": provenance["status"],
         "reason": provenance["reason"],
         "updates": provenance["updates"],
-        "full_train_loss": provenance.get("full_train_loss"),
-        "full_train_accuracy": provenance.get("full_train_accuracy"),
+        **{name: provenance.get(name) for name in _FULL_METRICS},
         "peak_memory_mib": round(max(s.get("peak_memory_mib", 0) for s in sessions)),
         "start": sessions[0]["start"],
         "end": sessions[-1]["end"],

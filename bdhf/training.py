@@ -174,20 +174,21 @@ class Training:
         """One row of metrics at the current weights; the README says what each one means."""
         progress, problem = self.progress, self.problem
         report = self.optimizer.last_step
-        test_loss, test_accuracy = evaluate(problem, problem.model, problem.test)
+        test = self._subset(problem.test)
+        test_loss, test_accuracy = evaluate(problem, problem.model, test)
         row: Row = {
             "update": progress.update,
             "epoch": progress.update * self.sizes.batch_size / len(problem.train[0]),
             "seconds": progress.seconds,
             "gradient_equivalents": progress.gradient_equivalents / len(problem.train[0]),
-            "train_loss": evaluate(problem, problem.model, self._training_subset())[0],
+            "train_loss": evaluate(problem, problem.model, self._subset(problem.train))[0],
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
             "gradient_norm": None if report is None else float(report.gradient_norm),
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
         }
         if self.averaged is not None:
-            loss, accuracy = evaluate(problem, self.averaged, problem.test)
+            loss, accuracy = evaluate(problem, self.averaged, test)
             row |= {"averaged_test_loss": loss, "averaged_test_accuracy": accuracy}
         for k in range(len(self.work.products)):
             solved = report is not None and k < len(report.blocks)
@@ -222,10 +223,11 @@ class Training:
             self.optimizer.last_step, sizes.batch_size, few
         )
 
-    def _training_subset(self) -> Data:
-        inputs, targets = self.problem.train
+    def _subset(self, data: Data) -> Data:
+        """The rows on which training is followed."""
+        inputs, targets = data
         if self.sizes.evaluation_rows >= len(inputs):
-            return inputs, targets
+            return data
         # Drawn at random: every second row of MNIST's training set is harder than the others.
         # The same for all runs, whatever their seed.
         order = _permutation(len(inputs), "evaluation subset", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import subprocess
@@ -104,6 +105,27 @@ def test_refused_run_does_not_end_a_sweep(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr == "error: optimizer.cg_max_iter=0: must be 1 or more\n"
     assert done.stdout.count("finished, 4 updates") == 1
+
+
+def test_several_cells_at_once_are_those_one_after_the_other(tmp_path: Path) -> None:
+    sizes = ("scale=demo", "updates=2", "threads=1", "optimizer=hf,bdhf", "cell=0", "seed=0,-1")
+    joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    alone = call("scripts/reproduce.py", "resnet", *sizes, f"results={tmp_path}/1")
+    both = call("scripts/reproduce.py", "resnet", *sizes, *joblib, f"results={tmp_path}/2")
+    for done in (alone, both):
+        assert done.returncode == 1 and done.stderr.count("error: seed=-1: must be 0 or more") == 2
+        assert done.stdout.count("finished, 2 updates") == 2
+    one, other = (sorted((tmp_path / n).rglob("metrics.csv")) for n in "12")
+    assert [path.relative_to(tmp_path / "1") for path in one] == [
+        path.relative_to(tmp_path / "2") for path in other
+    ]
+    for path, twin in zip(one, other, strict=True):
+        assert without_seconds(path) == without_seconds(twin)
+
+
+def without_seconds(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return [{**row, "seconds": ""} for row in csv.DictReader(file)]
 
 
 def test_example_of_the_readme_runs(tmp_path: Path) -> None:

@@ -510,8 +510,8 @@ def test_micro_batch_and_training_mode_reach_the_optimizer() -> None:
 
 def test_evaluation_subset_is_random_and_the_same_for_all_seeds() -> None:
     (one, _), (other, _) = recorded(0), recorded(1)
-    inputs, targets = one._training_subset()
-    assert torch.equal(inputs, other._training_subset()[0])
+    inputs, targets = one._subset(one.problem.train)
+    assert torch.equal(inputs, other._subset(other.problem.train)[0])
     matches = (inputs[:, None] == one.problem.train[0][None]).all(2)
     rows = matches.float().argmax(1)
     assert matches.any(1).all() and len(rows.unique()) == 10
@@ -594,9 +594,12 @@ def test_threads_are_set_and_the_full_training_loss_is_that_of_all_rows(
     assert threads == [2]
     provenance = json.loads((folder.path / "provenance.json").read_text())
     whole = make(tmp_path, "evaluation_rows=1437")
-    expected = read_metrics(whole.path)[-1]["train_loss"]
-    assert provenance["full_train_loss"] == pytest.approx(expected, rel=1e-6)
-    assert read_metrics(folder.path)[-1]["train_loss"] != expected
+    expected = read_metrics(whole.path)[-1]
+    assert provenance["full_train_loss"] == pytest.approx(expected["train_loss"], rel=1e-6)
+    assert provenance["full_test_loss"] == pytest.approx(expected["test_loss"], rel=1e-6)
+    few = read_metrics(folder.path)[-1]
+    assert few["train_loss"] != expected["train_loss"]
+    assert few["test_loss"] != expected["test_loss"]
 
 
 def test_failed_write_leaves_the_old_file_whole(
