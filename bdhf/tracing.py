@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,19 +89,26 @@ class LinearGraph:
         return self.graph.forward(*arguments, *(residuals[place] for place in self.taken))
 
 
-def trace(network: Network, points: Sequence[Tensor], blocks: Sequence[Sequence[int]]) -> Trace:
+def trace(
+    network: Network,
+    points: Sequence[Tensor],
+    blocks: Sequence[Sequence[int]],
+    fixed: Collection[int] = (),
+) -> Trace:
     """Trace ``network`` at ``points``, of which only the shapes, types and layouts matter.
 
     Args:
         network: a pure function of the points.
         points: parameters, buffers and inputs.
         blocks: for each block, which of the points belong to it.
+        fixed: points by which nothing is ever differentiated: buffers.
 
     Raises:
         Exception: of any kind, where the network cannot be traced (it branches on the value of a
             tensor, say), or an operation has no forward- or reverse-mode derivative.
     """
-    joint = _Joint.of(network, points, sorted(place for block in blocks for place in block))
+    trainable = sorted(place for block in blocks for place in block)
+    joint = _Joint.of(network, points, trainable, fixed)
     tangents = [joint.tangent(block) for block in blocks]
     adjoints = [joint.adjoint(block) for block in blocks]
     crossing = dict.fromkeys(node for cut in tangents + adjoints for node in cut.residuals)
@@ -138,10 +145,20 @@ class _Joint:
     of_adjoint: set[Node]  # all that depends on a cotangent
 
     @classmethod
-    def of(cls, network: Network, points: Sequence[Tensor], trainable: list[int]) -> _Joint:
-        # Every floating point has a direction: where it had none, torch would make zeros of its
-        # own and multiply them. `tangent` knows them by their names and leaves them out.
-        floating = [place for place, point in enumerate(points) if point.is_floating_point()]
+    def of(
+        cls,
+        network: Network,
+        points: Sequence[Tensor],
+        trainable: list[int],
+        fixed: Collection[int],
+    ) -> _Joint:
+        # Parameters and inputs have directions, all of them: where one had none, torch would make
+        # zeros of its own and multiply them. `tangent` knows which are zero and leaves them out.
+        floating = [
+            place
+            for place, point in enumerate(points)
+            if point.is_floating_point() and place not in fixed
+        ]
         outputs, _ = network(points)
 
         def joint(

@@ -82,14 +82,14 @@ def against_blocks(axes: Axes) -> None:
     base = found[0]
     # Counted: a layer of a block costs 4 multiply-adds a weight, one above it 2.
     axes.plot(counts, [base * (b + 3) / 4 for b in counts], ":", label="(B + 3) / 4, counted")
-    axes.set(xlabel="blocks (16 layers)", ylabel="products of a CG round", xscale="log")
+    axes.set(xlabel="blocks (16 layers)", ylabel="products of a CG round", xticks=counts)
 
 
 def against_depth(axes: Axes) -> None:
     depths = [2, 4, 8, 16, 32]
     found = [in_gradients(p, [round_of(p)])[0] for p in (deep(depth) for depth in depths)]
     axes.plot(depths, found, "o-", label="2 blocks")
-    axes.set(xlabel="layers", ylabel="products of a CG round", xscale="log")
+    axes.set(xlabel="layers", ylabel="products of a CG round", xticks=depths)
 
 
 def against_iterations(axes: Axes) -> None:

@@ -169,6 +169,49 @@ def _bits(criterion: Any) -> Callable[[], Case]:
     )
 
 
+class WithMask(nn.Module):
+    """Has a tensor that is neither a parameter nor a buffer, and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.mask, self.scale = (torch.arange(5) % 2).bool(), 0.7
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.right(self.scale * torch.tanh(self.left(x)).masked_fill(self.mask, 0.3))
+
+
+def _images(*layers: nn.Module) -> Case:
+    images = torch.randn(4, 2, 8, 8)
+    return _simple(nn.Sequential(*layers), nn.CrossEntropyLoss(), images, torch.randint(3, (4,)))
+
+
+def _in_place() -> Case:
+    return _images(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(64, 3),
+    )
+
+
+def _channels_last() -> Case:
+    layers = nn.Conv2d(2, 4, 3), nn.GELU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 3)
+    case = _images(*layers)
+    case.model.to(memory_format=torch.channels_last)
+    return case
+
+
+def _embedding() -> Case:
+    layers = nn.Embedding(7, 4), nn.LayerNorm(4), nn.SiLU(), nn.Flatten(), nn.Linear(12, 3)
+    words = torch.randint(7, (5, 3))
+    return _simple(nn.Sequential(*layers), nn.CrossEntropyLoss(), words, torch.randint(3, (5,)))
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "tanh MLP, MSE mean": _values(nn.MSELoss()),
     "tanh MLP, MSE sum": _values(nn.MSELoss(reduction="sum")),
@@ -205,6 +248,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "batch norm": _batch_norm,
     "parameters in no block": _some_parameters,
     "attention": _attention,
+    "operations in place, dropout": _in_place,
+    "channels-last": _channels_last,
+    "embedding and layer norm": _embedding,
+    "a tensor that is no buffer": lambda: _simple(
+        WithMask(), nn.MSELoss(), torch.randn(6, 4), torch.randn(6, 3)
+    ),
     "several inputs and outputs": lambda: _simple(
         TwoHeads(),
         two_losses,
