@@ -40,7 +40,8 @@ def ggn_vector_product(
 
     It runs the network anew for every product, in the network's own precision, without touching
     gradients, buffers or the random state; a dropout mask is the one the next forward pass would
-    draw. Use it to check other implementations, not inside a solver.
+    draw. Use it to check other implementations, not inside a solver, and not for a network that
+    uses `torch.no_grad` within, through which forward mode sees.
 
     Args:
         model: the network; parameters that do not require a gradient are left out.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import tempfile
@@ -93,7 +94,8 @@ def main(experiment: Experiment) -> None:
     """Command line of an experiment: Hydra composes the config, `run` does the work."""
     register(experiment.name, experiment.settings)
     with tempfile.TemporaryDirectory() as folder:
-        refused = Path(folder) / "refused"  # a file, since a launcher may use several processes
+        # Files, since a launcher may use several processes.
+        refused, stopped, starter = Path(folder) / "refused", Path(folder) / "stopped", os.getpid()
 
         @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=experiment.name)
         def job(composed: DictConfig) -> None:
@@ -103,8 +105,15 @@ def main(experiment: Experiment) -> None:
                 # Not raised further: in a sweep, the other runs go on.
                 print(f"error: {error}", file=sys.stderr)
                 refused.touch()
+            except SystemExit as stop:
+                if os.getpid() == starter:
+                    raise
+                # In a worker, whose exit would take the other workers with it.
+                stopped.write_text(str(stop.code or 0))
 
         job()
+        if stopped.exists():
+            sys.exit(int(stopped.read_text()))
         if refused.exists():
             sys.exit(1)
 

@@ -32,7 +32,15 @@ def call(model: nn.Module, values: Mapping[Tensor, Tensor], inputs: Any) -> Any:
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             state[prefix + name] = (values[buffer] if buffer in values else widened(buffer)).clone()
     args, kwargs = call_arguments(inputs)
-    return functional_call(model, state, args, kwargs, tie_weights=False)
+    try:
+        return functional_call(model, state, args, kwargs, tie_weights=False)
+    finally:
+        # Torch's recurrent modules list their weights a second time, and `functional_call` leaves
+        # that list with the values of this call (torch 2.14); setting a weight renews it.
+        for module in model.modules():
+            if isinstance(module, nn.RNNBase):
+                for name, parameter in module.named_parameters(recurse=False):
+                    setattr(module, name, parameter)
 
 
 @contextlib.contextmanager

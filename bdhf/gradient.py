@@ -38,7 +38,7 @@ def loss_and_gradient(
             total, gradients = loss, slopes
         else:
             total = total + loss
-            torch._foreach_add_(gradients, slopes)
+            gradients = list(torch._foreach_add(gradients, slopes))
     assert total is not None
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
@@ -67,4 +67,18 @@ def _of_piece(
     gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
     # Embeddings may give sparse gradients; torch 2.9's zeros require a gradient.
     dense = [(g.to_dense() if g.is_sparse else g).detach() for g in gradients]
-    return loss.detach(), dense
+    return loss.detach(), _apart(dense)
+
+
+def _apart(gradients: list[Tensor]) -> list[Tensor]:
+    """Each in memory of its own; autograd may give one tensor for two parameters."""
+    seen: set[int] = set()
+    found = []
+    for gradient in gradients:
+        spread = any(
+            n > 1 and not s for n, s in zip(gradient.shape, gradient.stride(), strict=True)
+        )
+        shared = gradient.untyped_storage().data_ptr() in seen
+        found.append(gradient.clone() if spread or shared else gradient)
+        seen.add(found[-1].untyped_storage().data_ptr())
+    return found

@@ -9,15 +9,19 @@ There are three ways to get the maps, and `Linearizer` takes the first that a ne
 
 from __future__ import annotations
 
+import copy
 import enum
 import random
 import sys
-from collections.abc import Hashable, Iterable, Sequence
+import weakref
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from types import FunctionType, ModuleType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import (
     TreeSpec,
     tree_flatten,
@@ -55,13 +59,12 @@ class Linearization(Protocol):
         """``J_bᵀ u_b`` for each block that has cotangents; the forms are those of `tangents`."""
 
 
-@runtime_checkable
-class Linearizable(Protocol):
+class Linearizable(nn.Module):
     """A network that brings its own maps, which can take the tangents of several blocks at once.
 
-    It has no buffers, and parameters in single precision or wider; any other network is treated
-    as if it brought none. `bdhf.peephole_lstm` shows how. Compare what it gives with
-    `bdhf.ggn_vector_product`.
+    `bdhf.peephole_lstm` shows how; compare what it gives with `bdhf.ggn_vector_product`. The maps
+    are taken while the network has no buffers, no hooks, no parametrizations, parameters in single
+    precision or wider, and the ``forward`` they belong to; it is treated as any other else.
     """
 
     def linearize(self, blocks: Sequence[Block], *inputs: Any, **more: Any) -> Linearization | None:
@@ -69,6 +72,7 @@ class Linearizable(Protocol):
 
         Returns None where it cannot (blocks it does not know, say): another way is taken then.
         """
+        return None
 
 
 @dataclass(frozen=True)
@@ -158,17 +162,18 @@ class TracedLinearization:
 class Linearizer:
     """Linearises networks, and keeps their traces from one update to the next.
 
-    A trace holds for one structure: the modules with their attributes (numbers, text, tensors,
-    and lists, tuples and dicts of such) and modes, the shapes of parameters and inputs, the
-    blocks. Another structure is traced anew, which takes some milliseconds for each operation. A
-    network whose structure never repeats is not traced any more after `most` times; nor is one
-    that branches on the values of tensors or draws from Python's or NumPy's random generators.
+    A trace holds for one structure: the modules with their attributes and modes, the shapes of
+    parameters and inputs, the blocks. Another structure is traced anew, which takes some
+    milliseconds for each operation; the last `most` traces are kept. Not traced are networks that
+    branch on the values of tensors, draw from Python's or NumPy's random generators, change their
+    own attributes, or take inputs other than tensors, numbers and text in tuples, lists and dicts.
     """
 
     most = 16
 
     def __init__(self) -> None:
-        self._traced: dict[Hashable, _TracedNetwork | str] = {}  # or why there is none
+        # The longest unused first; text: why there is no trace.
+        self._traced: dict[Hashable, _TracedNetwork | str] = {}
 
     def __call__(
         self, model: nn.Module, blocks: Sequence[Block], inputs: Any
@@ -182,16 +187,23 @@ class Linearizer:
             brought = brought_maps(model, blocks, inputs)
             if brought is not None:
                 return brought, "brought by the network"
-            key = _structure(model, blocks, inputs)
-            if key not in self._traced:
-                full = len(self._traced) >= self.most
-                self._traced[key] = (
-                    "a new structure each time" if full else _traced(model, blocks, inputs)
-                )
-            traced = self._traced[key]
+            traced = self._trace(model, blocks, inputs)
             if not isinstance(traced, str):
                 return traced.linearized(model, inputs), "traced"
         return AutogradLinearization.of(model, blocks, inputs), f"autograd: {traced}"
+
+    def _trace(
+        self, model: nn.Module, blocks: Sequence[Block], inputs: Any
+    ) -> _TracedNetwork | str:
+        try:
+            key = _structure(model, blocks, inputs)
+        except _NoKeyError as error:
+            return str(error)
+        traced = self._traced.pop(key, None) or _traced(model, blocks, inputs)
+        self._traced[key] = traced
+        if len(self._traced) > self.most:
+            del self._traced[next(iter(self._traced))]
+        return traced
 
 
 def brought_maps(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> Linearization | None:
@@ -204,10 +216,19 @@ def brought_maps(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> Line
             break
         if "forward" in vars(owner):
             return None
-    if any(widened(p) is not p for p in model.parameters()) or any(True for _ in model.buffers()):
+    if any(map(_is_altered, model.modules())) or next(model.buffers(), None) is not None:
+        return None
+    if any(widened(p) is not p for p in model.parameters()):
         return None
     args, kwargs = call_arguments(inputs)
     return model.linearize(blocks, *args, **kwargs)
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether a module computes something else than its class says."""
+    hooks = module._forward_hooks, module._forward_pre_hooks
+    backward = module._backward_hooks, module._backward_pre_hooks
+    return any(map(len, hooks + backward)) or "forward" in vars(module) or is_parametrized(module)
 
 
 class _Slot(enum.Enum):
@@ -235,6 +256,7 @@ class _TracedNetwork:
 def _traced(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> _TracedNetwork | str:
     """Trace the model; if that fails, why."""
     variables = _points(model, inputs)
+    parameters_and_buffers = [*model.parameters(), *model.buffers()]
     points = [widened(tensor.detach()) for tensor in variables]
     places = {variable: place for place, variable in enumerate(variables)}
     template: list[Any] = []
@@ -242,7 +264,8 @@ def _traced(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> _TracedNe
 
     def network(points: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         values = dict(zip(variables, points, strict=True))
-        outputs = call(model, values, tree_map_only(Tensor, values.__getitem__, inputs))
+        assert twin is not None
+        outputs = call(twin, values, tree_map_only(Tensor, values.__getitem__, inputs))
         leaves, spec = tree_flatten(outputs)
         floating = differentiable_leaves(outputs)
         others = [x for x in leaves if isinstance(x, Tensor) and not x.is_floating_point()]
@@ -254,7 +277,11 @@ def _traced(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> _TracedNe
 
     state = RandomState.capture(list(model.parameters()))
     drawn = _other_generators()
+    twin: nn.Module | None = None
     try:
+        # What forward passes may leave in modules stays in a twin, which shares all tensors.
+        twin = copy.deepcopy(model, {id(tensor): tensor for tensor in parameters_and_buffers})
+        untouched = _attributes(twin, places)
         with state.replayed():
             trace = tracing.trace(
                 network,
@@ -266,37 +293,52 @@ def _traced(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> _TracedNe
             maps = trace.linearized(points)
         with state.replayed():
             _check(maps, network(points)[0], [[points[places[p]] for p in b] for b in blocks])
+        found: _TracedNetwork | str = _TracedNetwork(trace, structure[0], template)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a network may do that cannot be traced
-        found: _TracedNetwork | str = (str(error) or type(error).__name__).splitlines()[0]
-    else:
-        found = _TracedNetwork(trace, structure[0], template)
+        found = (str(error) or type(error).__name__).splitlines()[0]
+    if twin is not None and _attributes(twin, places) != untouched:
+        found = "its forward pass changes attributes of its modules"
     if _other_generators() != drawn:
-        return "it draws from Python's or NumPy's random generator"
+        found = "it draws from Python's or NumPy's random generator"
+    _restore_other_generators(drawn)
     return found
 
 
-def _other_generators() -> tuple[Any, ...]:
+def _other_generators() -> tuple[Any, Any]:
     numpy = sys.modules.get("numpy")
-    return random.getstate(), None if numpy is None else str(numpy.random.get_state())
+    if numpy is None:
+        return random.getstate(), None
+    name, keys, *rest = numpy.random.get_state()
+    return random.getstate(), (name, tuple(keys), *rest)
+
+
+def _restore_other_generators(state: tuple[Any, Any]) -> None:
+    random.setstate(state[0])
+    if state[1] is not None:
+        sys.modules["numpy"].random.set_state(state[1])
 
 
 def _check(
     maps: tracing.TracedMaps, outputs: list[Tensor], blocks: Sequence[Sequence[Tensor]]
 ) -> None:
-    """The network's outputs are those of the trace, and the two maps are adjoint to each other."""
+    """The network's outputs are those of the trace, and ``⟨Jv, Jv⟩ = ⟨v, Jᵀ(Jv)⟩``."""
     for found, expected in zip(maps.outputs, outputs, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5, equal_nan=True)
+    if not all(bool(output.isfinite().all()) for output in outputs):
+        return
     generator = torch.Generator(outputs[0].device).manual_seed(0)
 
     def draw(like: Tensor) -> Tensor:
         return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
 
     for k, block in enumerate(blocks):
-        direction, cotangents = list(map(draw, block)), list(map(draw, outputs))
-        tangents, adjoints = maps.tangent(k, direction), maps.adjoint(k, cotangents)
-        one, other = _inner(tangents, cotangents), _inner(direction, adjoints)
-        scale = (_inner(tangents, tangents) * _inner(cotangents, cotangents)).sqrt()
-        if (one - other).abs() > torch.finfo(outputs[0].dtype).eps ** 0.5 * scale:
+        direction = list(map(draw, block))
+        tangents = maps.tangent(k, direction)
+        squared = _inner(tangents, tangents)
+        difference = squared - _inner(direction, maps.adjoint(k, tangents))
+        if not difference.abs() <= torch.finfo(outputs[0].dtype).eps ** 0.5 * squared:
             raise ArithmeticError(f"tangent and adjoint maps of block {k} do not fit")
 
 
@@ -315,36 +357,64 @@ def _structure(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> Hashab
     variables = _points(model, inputs)
     places = {variable: place for place, variable in enumerate(variables)}
     leaves, spec = tree_flatten(inputs)
+    for leaf in leaves:
+        if not isinstance(leaf, (Tensor, *_SIMPLE)):
+            raise _NoKeyError(f"inputs hold a {type(leaf).__name__}")
     return (
-        tuple((name, type(m), *_frozen(_settings(m))) for name, m in model.named_modules()),
+        _attributes(model, places),
         tuple((v.shape, v.stride(), v.dtype, v.device) for v in variables),
         tuple(tuple(places[p] for p in block) for block in blocks),
         str(spec),
-        tuple(places[x] if isinstance(x, Tensor) else _frozen(x) for x in leaves),
+        tuple(_frozen(leaf, places) for leaf in leaves),
     )
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """A module's own attributes: all but its parameters, buffers and children."""
-    apart = ("_parameters", "_buffers", "_modules")
-    return {name: value for name, value in vars(module).items() if name not in apart}
+def _attributes(model: nn.Module, places: Mapping[Tensor, int]) -> Hashable:
+    """The modules by name, with all that each one has."""
+    return tuple(
+        (name, type(module), _frozen(vars(module), places))
+        for name, module in model.named_modules(remove_duplicate=False)
+    )
 
 
-def _frozen(value: Any) -> Any:
+_SIMPLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
+#: How far attributes of attributes are followed.
+_DEPTH = 4
+
+
+def _frozen(value: Any, places: Mapping[Tensor, int], depth: int = 0) -> Hashable:
     """Something hashable that changes when ``value`` does, as far as one can tell."""
+    if isinstance(value, _SIMPLE):
+        return type(value), value
+    if isinstance(value, Tensor):
+        if value in places:
+            return "point", places[value]
+        return _Same(value, 0 if value.is_inference() else value._version)
+    if isinstance(value, weakref.ref):  # what it refers to is kept, and seen, elsewhere
+        return weakref.ref
+    if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
+        return type(value), value.tobytes()
+    if isinstance(value, (type, nn.Module, FunctionType, ModuleType)) or depth == _DEPTH:
+        return _Same(value)
     if isinstance(value, dict):
-        return tuple((key, _frozen(item)) for key, item in value.items())
-    if isinstance(value, (list, tuple, set)):
-        return (type(value), *map(_frozen, value))
-    if isinstance(value, (bool, int, float, str, torch.dtype, torch.device, type(None))):
-        return value
-    return _Same(value, value._version if isinstance(value, Tensor) else 0)
+        items: Iterable[Any] = value.items()
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        items = value
+    elif hasattr(value, "__dict__"):
+        items = vars(value).items()
+    else:
+        return _Same(value)
+    return (type(value), *(_frozen(item, places, depth + 1) for item in items))
+
+
+class _NoKeyError(Exception):
+    """There is no telling whether two inputs are of one structure."""
 
 
 class _Same:
     """Equal only to the same object, which it keeps, so that no other takes its identity."""
 
-    def __init__(self, value: Any, version: int) -> None:
+    def __init__(self, value: Any, version: int = 0) -> None:
         self.value, self.version = value, version
 
     def __hash__(self) -> int:

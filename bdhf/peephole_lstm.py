@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from bdhf.linearization import Block, PerBlock
+from bdhf.linearization import Block, Linearizable, PerBlock
 
 
 class PeepholeLayer(nn.Module):
@@ -52,7 +52,7 @@ class PeepholeLayer(nn.Module):
         self.bias.data[units : 2 * units] = 1.0
 
 
-class PeepholeLSTM(nn.Module):
+class PeepholeLSTM(Linearizable):
     """Stacked peephole LSTM layers, and a linear layer on the top one's last hidden state.
 
     Torch's own LSTM has no peepholes. The linear layer's weight is Glorot uniform, its bias 0.
@@ -85,6 +85,10 @@ class PeepholeLSTM(nn.Module):
 
     def linearize(self, blocks: Sequence[Block], sequences: Tensor) -> LinearizedLSTM | None:
         """The maps at the present parameters (see `bdhf.linearization.Linearizable`)."""
+        if type(self.readout) is not nn.Linear or self.readout.bias is None:
+            return None
+        if any(type(layer) is not PeepholeLayer for layer in self.layers):
+            return None
         places = {
             parameter: _Place(depth, name)
             for depth, layer in enumerate([*self.layers, self.readout])

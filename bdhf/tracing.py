@@ -83,10 +83,19 @@ class LinearGraph:
     """A graph that is linear in its arguments, given residuals."""
 
     graph: GraphModule
+    strides: list[tuple[int, ...]]  # of the arguments, since views in the graph rely on them
     taken: list[int]  # which of all residuals it takes
 
     def __call__(self, arguments: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
-        return self.graph.forward(*arguments, *(residuals[place] for place in self.taken))
+        laid_out = map(_laid_out, arguments, self.strides)
+        return self.graph.forward(*laid_out, *(residuals[place] for place in self.taken))
+
+
+def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    if tensor.stride() == strides:
+        return tensor
+    options = {"dtype": tensor.dtype, "device": tensor.device}
+    return torch.empty_strided(tensor.shape, strides, **options).copy_(tensor)  # type: ignore[arg-type]
 
 
 def trace(
@@ -115,7 +124,9 @@ def trace(
     places = {node: place for place, node in enumerate(crossing)}
 
     def linear(cut: _Cut) -> LinearGraph:
-        return LinearGraph(joint.compiled(cut.graph), [places[node] for node in cut.residuals])
+        strides = [node.meta["val"].stride() for node in cut.arguments]
+        taken = [places[node] for node in cut.residuals]
+        return LinearGraph(joint.compiled(cut.graph), strides, taken)
 
     primal = joint.compiled(joint.primal(list(crossing)))
     return Trace(primal, list(map(linear, tangents)), list(map(linear, adjoints)))
@@ -123,10 +134,11 @@ def trace(
 
 @dataclass
 class _Cut:
-    """A linear graph in the making, and the primal nodes it takes, in the order it takes them."""
+    """A linear graph in the making, and the nodes it takes, in the order it takes them."""
 
     graph: Graph
-    residuals: list[Node]
+    arguments: list[Node]
+    residuals: list[Node]  # from the primal graph
 
 
 @dataclass(frozen=True)
@@ -185,12 +197,13 @@ class _Joint:
 
         # Tensors of their own, since the tracer knows arguments apart by their identity.
         directions = [points[place].clone() for place in floating]
+        cotangents = [output.clone() for output in outputs]
         with warnings.catch_warnings():  # torch warns of itself when it first loads its formulas
             warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
             # Fake tensors have shapes and layouts but no values: tracing costs neither memory nor
             # arithmetic.
             tracer = make_fx(functionalize(joint), tracing_mode="fake", _allow_non_fake_inputs=True)
-            module = tracer(list(points), directions, outputs)
+            module = tracer(list(points), directions, cotangents)
         return cls._sorted(module, floating, trainable, len(points), len(outputs))
 
     @classmethod
@@ -292,9 +305,9 @@ def _cut(
         moving = [argument for argument in inputs if argument not in zeros]
         if not moving:
             zeros.add(node)
-        elif len(moving) < len(inputs) and _is_sum(node) and node.meta["val"].is_contiguous():
+        elif len(moving) < len(inputs) and _is_plain_sum(node, moving[0]):
             copies[node] = copied(moving[0])
-            if not _alike(node, moving[0]):
+            if not _alike(node, moving[0]):  # in another shape
                 shape = list(node.meta["val"].shape)
                 spread = new.call_function(_aten.expand.default, (copies[node], shape))
                 copies[node] = new.call_function(
@@ -314,7 +327,7 @@ def _cut(
         if not placeholder.users:
             new.erase_node(placeholder)
             del residuals[node]
-    return _Cut(new, list(residuals))
+    return _Cut(new, arguments, list(residuals))
 
 
 def _simplify(graph: Graph, linear: set[Node]) -> None:
@@ -347,6 +360,12 @@ def _is_sum(node: Node) -> bool:
     return node.target is _aten.add.Tensor and not node.kwargs and len(node.all_input_nodes) == 2
 
 
+def _is_plain_sum(node: Node, term: Any) -> bool:
+    """Whether nothing but the shape makes the sum differ from its term plus zero."""
+    total = node.meta["val"]
+    return _is_sum(node) and total.is_contiguous() and total.dtype == term.meta["val"].dtype
+
+
 def _mask_outputs(graph: Graph) -> None:
     """Tell operations that can leave out some of their results which ones are not used."""
     for node in graph.nodes:
@@ -369,7 +388,7 @@ def _accumulate(graph: Graph) -> None:
             base, term = term, base
         in_place = _is_own(base, _FRESH) and _alike(node, base)
         with graph.inserting_before(node):
-            if _is_own(term, _MATRIX_PRODUCT) and node.meta["val"].is_contiguous():
+            if _is_own(term, _MATRIX_PRODUCT) and _is_plain_sum(node, base) and _alike(node, term):
                 target = _aten.addmm_.default if in_place else _aten.addmm.default
                 total = graph.call_function(target, (base, *term.args))
             elif in_place:

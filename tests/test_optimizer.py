@@ -502,6 +502,28 @@ def test_micro_batch_that_would_change_the_result_is_refused(name: str, message:
     opt.step(case.model, case.criterion, case.batch)  # without it, nothing is wrong
 
 
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_gradients_that_autograd_shares_are_kept_apart(micro_batch: int | None) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.b, self.c, self.p = (nn.Parameter(torch.randn(3)) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + (self.b + self.c) + self.p.sum()
+
+    model, batch = Sum(), (torch.randn(6, 4), torch.randn(6, 3))
+    loss = nn.functional.mse_loss(model(batch[0]), batch[1])
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    opt = bdhf.BlockDiagonalHF(model.parameters(), damping=1.0)
+    opt.step(model, nn.MSELoss(), batch, micro_batch=micro_batch)
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+    model.b.grad.zero_()
+    assert model.c.grad.abs().sum() > 0
+
+
 def test_micro_batch_with_batch_norm_in_evaluation_is_accepted() -> None:
     whole, cut = (make_case("batch norm", torch.float64) for _ in range(2))
     for case, micro_batch in ((whole, None), (cut, 2)):

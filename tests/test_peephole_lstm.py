@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import bdhf
 from bdhf.linearization import AutogradLinearization
@@ -144,3 +148,28 @@ def test_own_maps_are_not_taken_where_they_would_not_hold() -> None:
         expected = nn.functional.cross_entropy(model(inputs), batch[1])
         assert torch.equal(opt.step(model, nn.CrossEntropyLoss(), (inputs, batch[1])), expected)
         assert opt.last_step is not None and opt.last_step.path == "traced"
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda model: model.register_forward_hook(lambda module, inputs, outputs: 5 * outputs),
+        lambda model: setattr(
+            model, "forward", lambda x: x.mean(1) @ model.readout.weight[:, :1].T
+        ),
+        lambda model: register_parametrization(model.readout, "weight", nn.Softplus()),
+        lambda model: setattr(model, "readout", nn.Sequential(model.readout, nn.Tanh())),
+        lambda model: setattr(model, "readout", nn.Linear(4, 4, bias=False).double()),
+    ],
+)
+def test_own_maps_are_not_taken_from_an_altered_network(alter: Callable[[nn.Module], Any]) -> None:
+    model = network(1, 4, 2)
+    alter(model)
+    batch = torch.randn(6, 5, 1).double(), torch.randint(4, (6,))
+    loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+    expected = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+    opt = bdhf.BlockDiagonalHF(model.parameters())
+    assert torch.equal(opt.step(model, nn.CrossEntropyLoss(), batch), loss)
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(p.grad, gradient)
+    assert opt.last_step is not None and opt.last_step.path == "traced"
