@@ -13,10 +13,8 @@ import copy
 import enum
 import random
 import sys
-import weakref
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from types import FunctionType, ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +23,6 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import (
     TreeSpec,
     tree_flatten,
-    tree_leaves,
     tree_map_only,
     tree_unflatten,
 )
@@ -34,6 +31,7 @@ from bdhf import tracing
 from bdhf.batches import call_arguments
 from bdhf.functional import RandomState, call, widened
 from bdhf.output_hessian import differentiable_leaves
+from bdhf.structure import NoStructureError, attributes, points_of, structure_of
 
 Block = Sequence[nn.Parameter]
 
@@ -196,8 +194,8 @@ class Linearizer:
         self, model: nn.Module, blocks: Sequence[Block], inputs: Any
     ) -> _TracedNetwork | str:
         try:
-            key = _structure(model, blocks, inputs)
-        except _NoKeyError as error:
+            key = structure_of(model, blocks, inputs)
+        except NoStructureError as error:
             return str(error)
         traced = self._traced.pop(key, None) or _traced(model, blocks, inputs)
         self._traced[key] = traced
@@ -243,24 +241,24 @@ class _TracedNetwork:
     """A network's trace, and how its outputs are put together."""
 
     trace: tracing.Trace
-    structure: TreeSpec
+    form: TreeSpec
     leaves: list[Any]  # with slots for the tensors
 
     def linearized(self, model: nn.Module, inputs: Any) -> TracedLinearization:
-        maps = self.trace.linearized([widened(t.detach()) for t in _points(model, inputs)])
+        maps = self.trace.linearized([widened(t.detach()) for t in points_of(model, inputs)])
         tensors = {_Slot.FLOATING: iter(maps.outputs), _Slot.OTHER: iter(maps.others)}
         leaves = [next(tensors[x]) if isinstance(x, _Slot) else x for x in self.leaves]
-        return TracedLinearization(tree_unflatten(leaves, self.structure), maps)
+        return TracedLinearization(tree_unflatten(leaves, self.form), maps)
 
 
 def _traced(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> _TracedNetwork | str:
     """Trace the model; if that fails, why."""
-    variables = _points(model, inputs)
+    variables = points_of(model, inputs)
     parameters_and_buffers = [*model.parameters(), *model.buffers()]
     points = [widened(tensor.detach()) for tensor in variables]
     places = {variable: place for place, variable in enumerate(variables)}
     template: list[Any] = []
-    structure: list[TreeSpec] = []
+    form: list[TreeSpec] = []
 
     def network(points: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         values = dict(zip(variables, points, strict=True))
@@ -272,7 +270,7 @@ def _traced(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> _TracedNe
         slots = [_Slot.FLOATING if any(x is f for f in floating) else _Slot.OTHER for x in leaves]
         pairs = zip(leaves, slots, strict=True)
         template[:] = [slot if isinstance(x, Tensor) else x for x, slot in pairs]
-        structure[:] = [spec]
+        form[:] = [spec]
         return floating, others
 
     state = RandomState.capture(list(model.parameters()))
@@ -281,7 +279,7 @@ def _traced(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> _TracedNe
     try:
         # What forward passes may leave in modules stays in a twin, which shares all tensors.
         twin = copy.deepcopy(model, {id(tensor): tensor for tensor in parameters_and_buffers})
-        untouched = _attributes(twin, places)
+        untouched = attributes(twin, places)
         with state.replayed():
             trace = tracing.trace(
                 network,
@@ -293,12 +291,12 @@ def _traced(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> _TracedNe
             maps = trace.linearized(points)
         with state.replayed():
             _check(maps, network(points)[0], [[points[places[p]] for p in b] for b in blocks])
-        found: _TracedNetwork | str = _TracedNetwork(trace, structure[0], template)
+        found: _TracedNetwork | str = _TracedNetwork(trace, form[0], template)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a network may do that cannot be traced
         found = (str(error) or type(error).__name__).splitlines()[0]
-    if twin is not None and _attributes(twin, places) != untouched:
+    if twin is not None and attributes(twin, places) != untouched:
         found = "its forward pass changes attributes of its modules"
     if _other_generators() != drawn:
         found = "it draws from Python's or NumPy's random generator"
@@ -344,83 +342,3 @@ def _check(
 
 def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
-
-
-def _points(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """The tensors that a network's outputs depend on, each once."""
-    given = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
-    return list(dict.fromkeys([*model.parameters(), *model.buffers(), *given]))
-
-
-def _structure(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> Hashable:
-    """All that a trace takes for granted: whatever of these changes, it holds no more."""
-    variables = _points(model, inputs)
-    places = {variable: place for place, variable in enumerate(variables)}
-    leaves, spec = tree_flatten(inputs)
-    for leaf in leaves:
-        if not isinstance(leaf, (Tensor, *_SIMPLE)):
-            raise _NoKeyError(f"inputs hold a {type(leaf).__name__}")
-    return (
-        _attributes(model, places),
-        tuple((v.shape, v.stride(), v.dtype, v.device) for v in variables),
-        tuple(tuple(places[p] for p in block) for block in blocks),
-        str(spec),
-        tuple(_frozen(leaf, places) for leaf in leaves),
-    )
-
-
-def _attributes(model: nn.Module, places: Mapping[Tensor, int]) -> Hashable:
-    """The modules by name, with all that each one has."""
-    return tuple(
-        (name, type(module), _frozen(vars(module), places))
-        for name, module in model.named_modules(remove_duplicate=False)
-    )
-
-
-_SIMPLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
-#: How far attributes of attributes are followed.
-_DEPTH = 4
-
-
-def _frozen(value: Any, places: Mapping[Tensor, int], depth: int = 0) -> Hashable:
-    """Something hashable that changes when ``value`` does, as far as one can tell."""
-    if isinstance(value, _SIMPLE):
-        return type(value), value
-    if isinstance(value, Tensor):
-        if value in places:
-            return "point", places[value]
-        return _Same(value, 0 if value.is_inference() else value._version)
-    if isinstance(value, weakref.ref):  # what it refers to is kept, and seen, elsewhere
-        return weakref.ref
-    if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
-        return type(value), value.tobytes()
-    if isinstance(value, (type, nn.Module, FunctionType, ModuleType)) or depth == _DEPTH:
-        return _Same(value)
-    if isinstance(value, dict):
-        items: Iterable[Any] = value.items()
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        items = value
-    elif hasattr(value, "__dict__"):
-        items = vars(value).items()
-    else:
-        return _Same(value)
-    return (type(value), *(_frozen(item, places, depth + 1) for item in items))
-
-
-class _NoKeyError(Exception):
-    """There is no telling whether two inputs are of one structure."""
-
-
-class _Same:
-    """Equal only to the same object, which it keeps, so that no other takes its identity."""
-
-    def __init__(self, value: Any, version: int = 0) -> None:
-        self.value, self.version = value, version
-
-    def __hash__(self) -> int:
-        return hash((id(self.value), self.version))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Same):
-            return NotImplemented
-        return self.value is other.value and self.version == other.version
