@@ -3,7 +3,8 @@
 SCALE  ?= laptop
 SEEDS  ?=
 # Cells made at once, each on one thread: two such processes do more than one with two threads.
-JOBS   ?= $(shell command -v nvidia-smi >/dev/null && echo 1 || nproc 2>/dev/null || echo 1)
+CORES  := $(shell nproc 2>/dev/null || echo 1)
+JOBS   ?= $(shell command -v nvidia-smi >/dev/null && echo 1 || echo $(CORES) 8 | xargs -n1 | sort -n | head -1)
 PYTHON ?= python3
 VENV   ?= .venv
 
@@ -26,7 +27,7 @@ help: ## list the targets
 	@echo
 	@echo "  SCALE=paper|laptop|demo picks all sizes at once (default: laptop);"
 	@echo "  SEEDS=0,1 makes these seeds only (default: all of the scale's);"
-	@echo "  JOBS=2 makes so many cells at once (default: one a core, or 1 with a GPU);"
+	@echo "  JOBS=2 makes so many cells at once (default: one a core, at most 8; 1 with a GPU);"
 	@echo "  BDHF_DATA=FOLDER names a folder with data sets (default: data, filled by download)."
 
 setup: $(READY) ## a virtual environment with pinned versions in .venv
@@ -39,7 +40,7 @@ $(READY): pyproject.toml constraints.txt
 	  --editable '.[suite,dev]'
 	@touch $@
 
-demo: $(READY) ## all experiments and optimizers, small: about two minutes, nothing to download
+demo: $(READY) ## all experiments and optimizers, small: about a minute, nothing to download
 	@$(MAKE) --no-print-directory reproduce-all SCALE=demo
 
 reproduce-all: $(READY) ## every figure: every cell of every experiment at SCALE

@@ -11,6 +11,7 @@ import io
 import pickle
 import tarfile
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -502,3 +503,23 @@ def test_real_cifar10() -> None:
     assert images.train[1].bincount().tolist() == [5000] * 10
     mean = images.train[0].mean((0, 2, 3))
     assert torch.allclose(mean, torch.tensor([0.4914, 0.4822, 0.4465]), atol=2e-3)
+
+
+def test_what_is_missing_is_downloaded_once_by_several_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, most = [0], [0]
+
+    def slow(root: Path) -> None:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.05)
+        inside[0] -= 1
+
+    monkeypatch.setitem(LOADERS, "mnist", slow)  # type: ignore[arg-type]
+    workers = [threading.Thread(target=load, args=("mnist", str(tmp_path))) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert most == [1]

@@ -5,13 +5,22 @@ What lies in the folder already is used as it is and never written to.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bdhf.data.cifar import load_cifar10
 from bdhf.data.digits import load_digits
 from bdhf.data.images import Data, DataError, Images
 from bdhf.data.mnist import load_mnist
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["LOADERS", "TRAIN_ROWS", "Data", "DataError", "Images", "load"]
 
@@ -36,4 +45,19 @@ def load(name: str, root: str) -> Images:
     """
     if name not in LOADERS:
         raise DataError(f"data.name={name}: must be one of {', '.join(sorted(LOADERS))}")
-    return LOADERS[name](Path(root).expanduser())
+    folder = Path(root).expanduser()
+    with _alone(name, folder):
+        return LOADERS[name](folder)
+
+
+@contextmanager
+def _alone(name: str, folder: Path) -> Iterator[None]:
+    """Wait for other processes that load the same, so that what is missing is downloaded once."""
+    if fcntl is None:
+        yield
+        return
+    digest = hashlib.sha256(f"{name} {folder.absolute()}".encode()).hexdigest()
+    # Not in the folder itself, which may be someone else's.
+    with (Path(tempfile.gettempdir()) / f"bdhf-{os.getuid()}-{digest[:16]}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
