@@ -7,6 +7,7 @@ The library is what this module exports; it needs torch alone. The suite's parts
 from bdhf.blocks import blocks_from_modules, split_into_blocks
 from bdhf.cg import CGResult, conjugate_gradient
 from bdhf.curvature import ggn_vector_product
+from bdhf.linearization import Linearizable
 from bdhf.optimizer import BlockDiagonalHF, BlockStep, StepReport
 
 __version__ = "0.1.0"
@@ -15,6 +16,7 @@ __all__ = [
     "BlockDiagonalHF",
     "BlockStep",
     "CGResult",
+    "Linearizable",
     "StepReport",
     "blocks_from_modules",
     "conjugate_gradient",

@@ -60,9 +60,26 @@ class Linearization(Protocol):
 class Linearizable(nn.Module):
     """A network that brings its own maps, which can take the tangents of several blocks at once.
 
-    `bdhf.peephole_lstm` shows how; compare what it gives with `bdhf.ggn_vector_product`. The maps
-    are taken while the network has no buffers, no hooks, no parametrizations, parameters in single
-    precision or wider, and the ``forward`` they belong to; it is treated as any other else.
+    It returns from `linearize` an object with ``outputs``, ``tangents`` and ``adjoints`` as in
+    `Linearization`; blocks hold the network's own parameters. For ``outputs = x @ weight.T``::
+
+        class Maps:
+            def __init__(self, outputs, x, blocks):
+                self.outputs, self.x, self.blocks = outputs, x, blocks
+
+            def tangents(self, directions):  # a list of tensors a block, or None
+                return [None if d is None else [self.x @ d[0].T] for d in directions]
+
+            def adjoints(self, cotangents):
+                return [None if u is None else [u[0].T @ self.x] for u in cotangents]
+
+        class Linear(bdhf.Linearizable):
+            def linearize(self, blocks, x):
+                return Maps(self.forward(x), x, blocks) if blocks == [[self.weight]] else None
+
+    `bdhf.peephole_lstm` is a whole one. At their first use the maps are compared with autograd's.
+    They are taken while the network has no buffers, no hooks, no parametrizations, parameters in
+    single precision or wider, and the ``forward`` they belong to; it is treated as any other else.
     """
 
     def linearize(self, blocks: Sequence[Block], *inputs: Any, **more: Any) -> Linearization | None:
@@ -172,6 +189,7 @@ class Linearizer:
     def __init__(self) -> None:
         # The longest unused first; text: why there is no trace.
         self._traced: dict[Hashable, _TracedNetwork | str] = {}
+        self._compared: set[type] = set()  # networks whose own maps were
 
     def __call__(
         self, model: nn.Module, blocks: Sequence[Block], inputs: Any
@@ -184,6 +202,9 @@ class Linearizer:
         with torch.no_grad():
             brought = brought_maps(model, blocks, inputs)
             if brought is not None:
+                if type(model) not in self._compared:
+                    _compare(brought, model, blocks, inputs)
+                    self._compared.add(type(model))
                 return brought, "brought by the network"
             traced = self._trace(model, blocks, inputs)
             if not isinstance(traced, str):
@@ -255,7 +276,7 @@ def _traced(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> _TracedNe
     """Trace the model; if that fails, why."""
     variables = points_of(model, inputs)
     parameters_and_buffers = [*model.parameters(), *model.buffers()]
-    points = [widened(tensor.detach()) for tensor in variables]
+    points = [_standing_alone(widened(tensor.detach())) for tensor in variables]
     places = {variable: place for place, variable in enumerate(variables)}
     template: list[Any] = []
     form: list[TreeSpec] = []
@@ -295,13 +316,34 @@ def _traced(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> _TracedNe
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a network may do that cannot be traced
-        found = (str(error) or type(error).__name__).splitlines()[0]
+        found = _reason(error)
     if twin is not None and attributes(twin, places) != untouched:
         found = "its forward pass changes attributes of its modules"
     if _other_generators() != drawn:
         found = "it draws from Python's or NumPy's random generator"
     _restore_other_generators(drawn)
     return found
+
+
+def _reason(error: Exception) -> str:
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    known = {
+        "data-dependent": "it branches on the value of a tensor",
+        "Tensor-likes are not close": "its random draws depend on a tensor's layout",
+    }
+    return next((f"{plain} ({text})" for part, plain in known.items() if part in text), text)
+
+
+def _standing_alone(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it is a part of another one.
+
+    Torch's cache of fake tensors mixes up parts of tensors between traces (torch 2.14).
+    """
+    needed = tensor.numel() * tensor.element_size()
+    if tensor.untyped_storage().nbytes() == needed or 0 in tensor.stride():
+        return tensor
+    options = {"dtype": tensor.dtype, "device": tensor.device}
+    return torch.empty_strided(tensor.shape, tensor.stride(), **options).copy_(tensor)  # type: ignore[arg-type]
 
 
 def _other_generators() -> tuple[Any, Any]:
@@ -316,6 +358,35 @@ def _restore_other_generators(state: tuple[Any, Any]) -> None:
     random.setstate(state[0])
     if state[1] is not None:
         sys.modules["numpy"].random.set_state(state[1])
+
+
+def _compare(
+    brought: Linearization, model: nn.Module, blocks: Sequence[Block], inputs: Any
+) -> None:
+    """Compare a network's own maps with autograd's, once.
+
+    Raises:
+        ValueError: they are not the same.
+    """
+    generator = torch.Generator(blocks[0][0].device).manual_seed(0)
+
+    def draw(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+    with RandomState.capture(list(model.parameters())).replayed():
+        expected = AutogradLinearization.of(model, blocks, inputs)
+    directions = [list(map(draw, block)) for block in blocks]
+    cotangents = [list(map(draw, expected.leaves)) for _ in blocks]
+    given = {"tangents": directions, "adjoints": cotangents}
+    for name in ("outputs", *given):
+        try:
+            one, other = getattr(brought, name), getattr(expected, name)
+            if name in given:
+                one, other = one(given[name]), other(given[name])
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, equal_nan=True)
+        except Exception as error:
+            brings = f"the {name} that {type(model).__name__}.linearize brings"
+            raise ValueError(f"{brings} are not autograd's: {error}") from error
 
 
 def _check(

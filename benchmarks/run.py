@@ -218,7 +218,7 @@ Gauss-Newton matrix; *all blocks*: one with each diagonal block, a round of CG; 
 products need once an update. Updates are a gradient and {ITERATIONS} CG iterations on the same
 mini-batch. torch.func computes `jvp` and `vjp` anew; curvlinops is its `GGNLinearOperator`;
 BackPACK's `ggn_vector_product_from_plist` has its forward pass kept. Freed memory is kept for
-reuse (`bdhf.machine`), for all of them alike."""
+reuse (`bdhf.machine`), for all of them alike. *Goal*: what we set out to reach; some are missed."""
 
 
 def _processor() -> str:
