@@ -51,10 +51,10 @@ def plain_operations(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            with warnings.catch_warnings():  # of TF32 on Intel GPUs, which nobody asked for
+            with warnings.catch_warnings():  # of TF32, which nobody asked for
                 warnings.simplefilter("ignore")
                 stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
 
 

@@ -217,8 +217,8 @@ class _Joint:
     ) -> _Joint:
         graph = module.graph
         for node in graph.nodes:
-            schema = getattr(node.target, "_schema", None)
-            if schema is not None and schema.is_mutable:
+            # Batch norm may change its running statistics, which are clones here.
+            if any(changed.target is not _aten.clone.default for changed in _changed_by(node)):
                 raise NotImplementedError(f"{node.target} changes its argument")
         given = [node for node in graph.nodes if node.op == "placeholder"]
         directions = given[points : points + len(floating)]
@@ -364,6 +364,15 @@ def _is_plain_sum(node: Node, term: Any) -> bool:
     """Whether nothing but the shape makes the sum differ from its term plus zero."""
     total = node.meta["val"]
     return _is_sum(node) and total.is_contiguous() and total.dtype == term.meta["val"].dtype
+
+
+def _changed_by(node: Node) -> list[Any]:
+    """The arguments that an operation writes to."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return []
+    pairs = zip(schema.arguments, node.args, strict=False)
+    return [given for a, given in pairs if a.alias_info is not None and a.alias_info.is_write]
 
 
 def _mask_outputs(graph: Graph) -> None:
