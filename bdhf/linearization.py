@@ -13,7 +13,7 @@ import copy
 import enum
 import random
 import sys
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -128,11 +128,10 @@ class AutogradLinearization:
         if not pairs:
             return [torch.zeros_like(leaf) for leaf in self.leaves]
         maps, vectors = zip(*pairs, strict=True)
-        return _detached(
-            torch.autograd.grad(
-                maps, self.seeds, vectors, retain_graph=True, materialize_grads=True
-            )
+        found = torch.autograd.grad(
+            maps, self.seeds, vectors, retain_graph=True, materialize_grads=True
         )
+        return [tensor.detach() for tensor in found]  # torch 2.9's zeros require a gradient
 
     def adjoints(self, cotangents: PerBlock) -> PerBlock:
         return [None if u is None else self._adjoint(k, u) for k, u in enumerate(cotangents)]
@@ -154,10 +153,6 @@ def _pulled(
     return torch.autograd.grad(
         reached, points, seeds, retain_graph=True, create_graph=create, allow_unused=True
     )
-
-
-def _detached(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [tensor.detach() for tensor in tensors]  # torch 2.9's zeros require a gradient
 
 
 @dataclass(frozen=True)
@@ -342,8 +337,7 @@ def _standing_alone(tensor: Tensor) -> Tensor:
     needed = tensor.numel() * tensor.element_size()
     if tensor.untyped_storage().nbytes() == needed or 0 in tensor.stride():
         return tensor
-    options = {"dtype": tensor.dtype, "device": tensor.device}
-    return torch.empty_strided(tensor.shape, tensor.stride(), **options).copy_(tensor)  # type: ignore[arg-type]
+    return tracing.strided_copy(tensor, tensor.stride())
 
 
 def _other_generators() -> tuple[Any, Any]:
@@ -368,16 +362,10 @@ def _compare(
     Raises:
         ValueError: they are not the same.
     """
-    generator = torch.Generator(blocks[0][0].device).manual_seed(0)
-
-    def draw(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
-
     with RandomState.capture(list(model.parameters())).replayed():
         expected = AutogradLinearization.of(model, blocks, inputs)
-    directions = [list(map(draw, block)) for block in blocks]
-    cotangents = [list(map(draw, expected.leaves)) for _ in blocks]
-    given = {"tangents": directions, "adjoints": cotangents}
+    directions, cotangents = map(_random_like, blocks), [_random_like(expected.leaves)]
+    given = {"tangents": list(directions), "adjoints": cotangents * len(blocks)}
     for name in ("outputs", *given):
         try:
             one, other = getattr(brought, name), getattr(expected, name)
@@ -397,18 +385,21 @@ def _check(
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5, equal_nan=True)
     if not all(bool(output.isfinite().all()) for output in outputs):
         return
-    generator = torch.Generator(outputs[0].device).manual_seed(0)
-
-    def draw(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
-
     for k, block in enumerate(blocks):
-        direction = list(map(draw, block))
+        direction = _random_like(block)
         tangents = maps.tangent(k, direction)
         squared = _inner(tangents, tangents)
         difference = squared - _inner(direction, maps.adjoint(k, tangents))
         if not difference.abs() <= torch.finfo(outputs[0].dtype).eps ** 0.5 * squared:
             raise ArithmeticError(f"tangent and adjoint maps of block {k} do not fit")
+
+
+def _random_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Always the same normal numbers; the network's own random streams stay as they are."""
+    generator = torch.Generator(tensors[0].device).manual_seed(0)
+    return [
+        torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator) for x in tensors
+    ]
 
 
 def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

@@ -14,8 +14,8 @@ def use_machine(threads: int | None) -> None:
     """Compute with so many CPU threads (None: torch's choice), and keep freed memory.
 
     glibc gives every freed tensor of some megabytes back to the system, and gets it again, page
-    by page, for the next one: up to a third of the time of a ResNet on a CPU (measured in
-    benchmarks/). Kept for reuse instead, memory costs nothing. Other C libraries are left alone.
+    by page, for the next one, which takes a good part of a ResNet's time on a CPU. Kept for reuse
+    instead, memory costs nothing. Other C libraries are left alone.
     """
     if threads is not None:
         torch.set_num_threads(threads)

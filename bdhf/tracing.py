@@ -87,13 +87,15 @@ class LinearGraph:
     taken: list[int]  # which of all residuals it takes
 
     def __call__(self, arguments: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
-        laid_out = map(_laid_out, arguments, self.strides)
+        pairs = zip(arguments, self.strides, strict=True)
+        laid_out = [
+            x if x.stride() == strides else strided_copy(x, strides) for x, strides in pairs
+        ]
         return self.graph.forward(*laid_out, *(residuals[place] for place in self.taken))
 
 
-def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    if tensor.stride() == strides:
-        return tensor
+def strided_copy(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The tensor in memory of its own, laid out by ``strides``."""
     options = {"dtype": tensor.dtype, "device": tensor.device}
     return torch.empty_strided(tensor.shape, strides, **options).copy_(tensor)  # type: ignore[arg-type]
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,14 +19,12 @@ import torch
 from matplotlib.axes import Axes
 from problems import Problem, autoencoder_problem
 from products import ours
-from run import gradient, update
+from run import Thunk, gradient, in_turn, update
 from torch import nn
 
 from bdhf import split_into_blocks
 from bdhf.linearization import Linearizer
 from bdhf.machine import use_machine
-
-Thunk = Callable[[], object]
 
 
 def deep(layers: int, blocks: int = 2, rows: int = 500, width: int = 256) -> Problem:
@@ -49,18 +46,10 @@ def round_of(problem: Problem) -> Thunk:
 
 def in_gradients(problem: Problem, timed: Iterable[Thunk], repeats: int = 5) -> list[float]:
     """Medians over interleaved repeats, each divided by the gradient's time of its own repeat."""
-    thunks = [gradient(problem), *timed]
-    for thunk in thunks:
-        thunk()
-    ratios: list[list[float]] = []
-    for _ in range(repeats):
-        seconds = []
-        for thunk in thunks:
-            started = time.perf_counter()
-            thunk()
-            seconds.append(time.perf_counter() - started)
-        ratios.append([s / seconds[0] for s in seconds[1:]])
-    return [sorted(column)[repeats // 2] for column in zip(*ratios, strict=True)]
+    thunks = {str(k): thunk for k, thunk in enumerate([gradient(problem), *timed])}
+    units, *rows = in_turn(thunks, repeats).values()
+    ratios = ([s / unit for s, unit in zip(row, units, strict=True)] for row in rows)
+    return [sorted(column)[repeats // 2] for column in ratios]
 
 
 def against_mini_batch(axes: Axes) -> None:

@@ -137,7 +137,11 @@ def _check(name: str, found: list[Tensor], expected: list[Tensor]) -> None:
 
 def measure(problem: Problem, rounds: int) -> dict[str, list[float]]:
     """Seconds of each row in each round."""
-    timed = rows(problem)
+    return in_turn(rows(problem), rounds)
+
+
+def in_turn(timed: dict[str, Thunk], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each thunk in each round; in a round all are called in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for row in timed.values():
         row()  # traces, and first touches of memory
@@ -180,21 +184,21 @@ def table(name: str, problem: Problem, seconds: dict[str, list[float]], peak: fl
         "| --- | --- | " + " | ".join("---" for _ in ways) + " |",
     ]
     for title in dict.fromkeys(row.split(":")[0] for row in seconds):
-        goal = GOALS[title].get(name)
         cells = []
         for way in ways:
             times = seconds.get(f"{title}: {way}")
             pairs = zip(times or (), units, strict=times is not None)
             cells.append(cell([a / g for a, g in pairs]) if times else "")
-        described = "" if goal is None else f"{goal:g}"
-        lines.append(f"| {title} | {described} | " + " | ".join(cells) + " |")
-    goal = GOALS["memory"].get(name)
-    described = "" if goal is None else f"{goal:g}"
-    lines.append(
-        f"| peak memory of an HF update, in that of a gradient | {described} | **{peak:.2f}** |"
-        + " |" * (len(ways) - 1)
-    )
+        lines.append(f"| {title} | {_goal(title, name)} | " + " | ".join(cells) + " |")
+    title = "peak memory of an HF update, in that of a gradient"
+    unmeasured = " |" * (len(ways) - 1)
+    lines.append(f"| {title} | {_goal('memory', name)} | **{peak:.2f}** |{unmeasured}")
     return "\n".join(lines)
+
+
+def _goal(title: str, name: str) -> str:
+    goal = GOALS[title].get(name)
+    return "" if goal is None else f"{goal:g}"
 
 
 def header(rounds: int) -> str:

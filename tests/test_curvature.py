@@ -186,6 +186,18 @@ def test_a_block_is_charged_only_for_what_lies_above_it() -> None:
     assert multiply_adds(lambda: linearized.products([None, None, None])) == 0
 
 
+def test_convolutions_compute_no_result_that_is_not_asked_for() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.Tanh(), nn.Conv2d(3, 4, 1, bias=False))
+    batch = torch.randn(5, 2, 6, 6), torch.randn(5, 4, 4, 4)
+    blocks = [list(model[0].parameters()), list(model[2].parameters())]
+    linearized = GaussNewton(model, nn.MSELoss(), batch, blocks)
+    lower, upper = 2 * 5 * 16 * (2 * 3 * 9), 2 * 5 * 16 * (3 * 4)
+    vectors = [torch.randn(54), torch.randn(12)]
+    # Below a block there is nothing to do, and above it no gradient of a weight.
+    assert multiply_adds(lambda: linearized.products([vectors[0], None])) == 2 * (lower + upper)
+    assert multiply_adds(lambda: linearized.products([None, vectors[1]])) == 2 * upper
+
+
 def test_products_run_no_forward_pass() -> None:
     case = make_case("tanh MLP, MSE mean", torch.float64)
     linearized = GaussNewton(case.model, case.criterion, case.batch, case.blocks)
