@@ -2,7 +2,7 @@
 
 SCALE  ?= laptop
 SEEDS  ?=
-# Cells made at once, each on one thread: two such processes do more than one with two threads.
+# Runs made at once, each on one thread: two such processes do more than one with two threads.
 CORES  := $(shell nproc 2>/dev/null || echo 1)
 JOBS   ?= $(shell command -v nvidia-smi >/dev/null && echo 1 || echo $(CORES) 8 | xargs -n1 | sort -n | head -1)
 PYTHON ?= python3
@@ -11,14 +11,17 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 SWEEP  := $(RUN) scripts/reproduce.py scale=$(SCALE) $(addprefix seed=,$(SEEDS))
-ifneq ($(JOBS),1)
-SWEEP  += hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) threads=1
+ifdef LAUNCHER
+SWEEP  += hydra/launcher=$(LAUNCHER)
+else ifneq ($(JOBS),1)
+SWEEP  += hydra/launcher=processes hydra.launcher.n_jobs=$(JOBS) threads=1
 endif
+SWEEP  += $(OVERRIDES)
 
 .DEFAULT_GOAL := help
 EXPERIMENTS := autoencoder lstm resnet
 
-.PHONY: help setup demo test test-slow bench reproduce-all collect figures clean
+.PHONY: help setup demo test test-slow bench plan reproduce-all collect figures clean
 .PHONY: $(addprefix reproduce-,$(EXPERIMENTS))
 
 help: ## list the targets
@@ -27,7 +30,9 @@ help: ## list the targets
 	@echo
 	@echo "  SCALE=paper|laptop|demo picks all sizes at once (default: laptop);"
 	@echo "  SEEDS=0,1 makes these seeds only (default: all of the scale's);"
-	@echo "  JOBS=2 makes so many cells at once (default: one a core, at most 8; 1 with a GPU);"
+	@echo "  JOBS=2 makes so many runs at once (default: one a core, at most 8; 1 with a GPU);"
+	@echo "  LAUNCHER=slurm makes each run a job of a cluster (configs/hydra/launcher);"
+	@echo "  OVERRIDES='time_limit=540 ...' adds settings of any key;"
 	@echo "  BDHF_DATA=FOLDER names a folder with data sets (default: data, filled by download)."
 
 setup: $(READY) ## a virtual environment with pinned versions in .venv
@@ -43,19 +48,24 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## all experiments and optimizers, small: about a minute, nothing to download
 	@$(MAKE) --no-print-directory reproduce-all SCALE=demo
 
-reproduce-all: $(READY) ## every figure: every cell of every experiment at SCALE
-	$(SWEEP) all
-	@$(MAKE) --no-print-directory collect figures
+# What is finished is collected and drawn also where some runs failed.
+MAKE_RUNS = $(SWEEP) $(1); code=$$?; \
+  $(MAKE) --no-print-directory collect figures || exit; exit $$code
+
+plan: $(READY) ## what is done at SCALE, what is left, how long that will take
+	$(SWEEP) --plan all
+
+reproduce-all: $(READY) ## every figure: every run of every experiment at SCALE
+	@$(call MAKE_RUNS,all)
 
 reproduce-autoencoder: ## figure 1
 reproduce-lstm: ## figure 2
 reproduce-resnet: ## figure 3
 $(addprefix reproduce-,$(EXPERIMENTS)): reproduce-%: $(READY)
-	$(SWEEP) $*
-	@$(MAKE) --no-print-directory collect figures
+	@$(call MAKE_RUNS,$*)
 
-collect: $(READY) ## merge run folders into results/SCALE/curves.csv
-	$(RUN) scripts/collect.py $(SCALE)
+collect: $(READY) ## merge run folders, also those in archives FROM=..., into results/SCALE
+	$(RUN) scripts/collect.py $(SCALE) $(if $(FROM),--from $(FROM))
 
 figures: $(READY) ## redraw the figures of SCALE from results/SCALE/curves.csv
 	$(RUN) scripts/figures.py $(SCALE)

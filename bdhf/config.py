@@ -118,12 +118,15 @@ _OUTSIDE_THE_HASH = (
 
 
 def register(experiment: str, network: type) -> None:
-    """Tell Hydra the types, with an experiment's own for its ``network`` node."""
+    """Tell Hydra the types, an experiment's own for its ``network`` node, and its config's name."""
     store = ConfigStore.instance()
     store.store(name="types", node=Config)
     store.store(group="optimizer", name="types_adam", node=AdamConfig)
     store.store(group="optimizer", name="types_hessian_free", node=HessianFreeConfig)
     store.store(group="network", name=experiment, node=network)
+    # The same config for all, configs/run.yaml, with this experiment chosen.
+    chosen = {"defaults": ["run", {"override experiment": experiment}, "_self_"]}
+    store.store(name=experiment, node=chosen)
 
 
 def checked(composed: DictConfig) -> Config:

@@ -12,14 +12,21 @@ from bdhf.training import Row
 
 
 class ProgressDisplay:
-    """Shows one run's updates and latest metrics; a context manager."""
+    """Shows one run's updates and latest metrics, unless not ``shown``; a context manager."""
 
-    def __init__(self, title: str, updates: int, done: int = 0, console: Console | None = None):
+    def __init__(
+        self,
+        title: str,
+        updates: int,
+        done: int = 0,
+        shown: bool = True,
+        console: Console | None = None,
+    ) -> None:
         self._title, self._updates = title, updates
-        self._console = console or Console(highlight=False)
+        self._console = console or Console(highlight=False, quiet=not shown)
         self._started = time.monotonic()
         self._bar: Progress | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and shown:
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),

@@ -4,7 +4,10 @@ config.yaml       resolved configuration
 metrics.csv       one row for each evaluation
 provenance.json   how it came about, and how it ended
 checkpoint.pt     weights and state, to continue from
+checkpoint.older.pt   only while it is made: the one before, should that one be damaged
 error.log         only after a failure: the traceback
+
+Everything is written under a temporary name first, so a run may be killed at any moment.
 """
 
 from __future__ import annotations
@@ -21,39 +24,89 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from bdhf.config import Config, settings_hash, settings_of
 from bdhf.data import DataError
 from bdhf.training import Row
 
+#: Statuses of a run that is over; the others have no whole curve yet.
+ENDED = ("finished", "diverged")
+
+#: Seconds for which a run's lock is asked for: more than it takes to look whether it is held.
+_PATIENCE = 0.5
+
 
 class RunFolder:
     """One run's folder under ``results/runs``; see the module's docstring for what is in it."""
 
     def __init__(self, config: Config) -> None:
-        self.path = Path(config.results) / "runs" / config.scale / config.experiment / name(config)
+        place = config.scale, config.experiment, name(config)
+        runs = Path(config.results) / "runs"
+        self.path = runs.joinpath(*place)
+        self._lock = _lock_file(runs, *place)
         self._rows: list[Row] = []
         self._provenance = self._read_provenance()
 
     @property
     def status(self) -> str:
-        """``new``, ``running``, ``stopped``, ``finished``, ``diverged`` or ``failed``."""
+        """``new``, ``running``, ``stopped``, ``finished``, ``diverged`` or ``failed``.
+
+        A run whose process was killed is ``running`` still, and not `held`.
+        """
         return str(self._provenance.get("status", "new"))
+
+    @property
+    def reason(self) -> str:
+        """Why the last session ended as it did."""
+        return str(self._provenance.get("reason", ""))
 
     @property
     def updates_done(self) -> int:
         """At which update the run's last session ended."""
         return int(self._provenance.get("updates", 0))
 
-    def begin(self, config: Config, facts: dict[str, Any]) -> None:
-        """Open the folder for a session of training.
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What ``provenance.json`` says; empty for a new run."""
+        return self._provenance
+
+    def is_done(self, updates: int) -> bool:
+        """Whether nothing is left to do for a budget of so many updates."""
+        finished = self.status == "finished" and self.updates_done >= updates
+        return finished or self.status == "diverged"
+
+    @contextmanager
+    def held_alone(self) -> Iterator[bool]:
+        """Keep other processes out of the run; False where one is at work on it already."""
+        with _alone(self._lock) as free:
+            self._provenance = self._read_provenance()  # others may have been here before
+            yield free
+
+    def held(self) -> bool:
+        """Whether a process is at work on the run."""
+        if not self._lock.exists():
+            return False
+        try:
+            with FileLock(self._lock).acquire(blocking=False):
+                return False
+        except Timeout:
+            return True
+
+    def touched_since(self, moment: float) -> bool:
+        """Whether a session began or ended since then, in seconds since the epoch."""
+        file = self.path / "provenance.json"
+        return file.exists() and file.stat().st_mtime >= moment
+
+    def begin(self, config: Config, facts: dict[str, Any], command: str) -> None:
+        """Open the folder for a session of training, which ``command`` asked for.
 
         Raises:
             DataError: the run was begun on other data.
@@ -65,39 +118,60 @@ class RunFolder:
                 f"({now['source']}); name the first one's folder, or another results=FOLDER"
             )
         self.path.mkdir(parents=True, exist_ok=True)
+        for left_behind in self.path.glob(f"{_TEMPORARY}*"):  # by a process that was killed
+            left_behind.unlink()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         values = OmegaConf.to_yaml(OmegaConf.create(settings_of(config)))
         _write(self.path / "config.yaml", values.encode())
-        session = {"start": _now(), "end": None, **_circumstances(facts.pop("device"))}
+        session = {"start": _now(), "end": None, **_circumstances(facts.pop("device"), command)}
         self._provenance.update(facts, sessions=[*self._provenance.get("sessions", []), session])
         self._conclude("running", "")
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The checkpoint, with the metrics up to it; None where there is none."""
-        path = self.path / "checkpoint.pt"
-        if not path.exists():
-            return None
-        try:
-            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise RuntimeError(
-                f"{path} cannot be read ({error}); delete it to start this run anew"
-            ) from error
-        # Rows after the checkpoint belong to updates that will be made again.
-        last = checkpoint["progress"]["update"]
-        self._rows = [row for row in read_metrics(self.path) if int(row["update"] or 0) <= last]
-        return checkpoint
+        """The newest checkpoint that can be read, with the metrics up to it; None: there is none.
+
+        Raises:
+            RuntimeError: there are checkpoints, and none can be read.
+        """
+        self._rows = []
+        damaged = []
+        for path in filter(Path.exists, (self._checkpoint, self._older_checkpoint)):
+            try:
+                checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:
+                damaged.append(f"{path} cannot be read ({first_line(error)})")
+                continue
+            # Rows after the checkpoint belong to updates that will be made again.
+            last = checkpoint["progress"]["update"]
+            self._rows = [row for row in read_metrics(self.path) if int(row["update"] or 0) <= last]
+            for fault in damaged:
+                print(f"{fault}; the older checkpoint serves, of update {last}", flush=True)
+            return checkpoint
+        if damaged:
+            raise RuntimeError("; ".join(damaged) + "; delete it to start this run anew")
+        return None
 
     def drop_rows_off_the_grid(self, every: int) -> None:
         """Drop a smaller budget's last row where an evaluation was not due."""
         self._rows = [row for row in self._rows if int(row["update"] or 0) % every == 0]
 
     def save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Replace the checkpoint, all or nothing."""
+        """Replace the checkpoint, all or nothing; the one before is kept until the run ends."""
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        _write(self.path / "checkpoint.pt", buffer.getbuffer())
+        with _written_aside(self._checkpoint, buffer.getbuffer()) as new:
+            if self._checkpoint.exists():
+                os.replace(self._checkpoint, self._older_checkpoint)
+            os.replace(new, self._checkpoint)
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.path / "checkpoint.pt"
+
+    @property
+    def _older_checkpoint(self) -> Path:
+        return self.path / "checkpoint.older.pt"
 
     def append(self, row: Row) -> None:
         """Add a row of metrics."""
@@ -109,6 +183,8 @@ class RunFolder:
         self._provenance["sessions"][-1].update(end=_now(), peak_memory_mib=_peak_memory())
         self._provenance.update(facts, updates=updates)
         self._conclude(status, reason)
+        if status != "stopped":
+            self._older_checkpoint.unlink(missing_ok=True)
 
     @contextmanager
     def failures_recorded(self) -> Iterator[None]:
@@ -116,11 +192,17 @@ class RunFolder:
         try:
             yield
         except BaseException as error:  # also an exit: a display whose pipe is closed ends so
-            _write(self.path / "error.log", traceback.format_exc().encode())
-            self._provenance["sessions"][-1]["end"] = _now()
-            self._conclude("failed", f"{type(error).__name__}: {error}")
+            with suppress(OSError):  # the disk may be full
+                self._provenance["sessions"][-1]["end"] = _now()
+                self._conclude("failed", f"{type(error).__name__}: {first_line(error)}")
+                _write(self.error_log, traceback.format_exc().encode())
             raise
-        (self.path / "error.log").unlink(missing_ok=True)
+        self.error_log.unlink(missing_ok=True)
+
+    @property
+    def error_log(self) -> Path:
+        """Where a failure's traceback is."""
+        return self.path / "error.log"
 
     def _conclude(self, status: str, reason: str) -> None:
         self._provenance.update(status=status, reason=reason)
@@ -133,6 +215,30 @@ class RunFolder:
             return {}
         provenance: dict[str, Any] = json.loads(path.read_text())
         return provenance
+
+
+@contextmanager
+def alone_with(runs: Path, scale: str, experiment: str, name: str) -> Iterator[bool]:
+    """Keep processes out of a run in the folder ``runs``; False where one is at work on it."""
+    with _alone(_lock_file(runs, scale, experiment, name)) as free:
+        yield free
+
+
+def _lock_file(runs: Path, scale: str, experiment: str, name: str) -> Path:
+    return runs / ".locks" / f"{scale}-{experiment}-{name}"
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[bool]:
+    """Hold a lock, which the kernel frees with this process, however it ends."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(file).acquire(timeout=_PATIENCE)
+    except Timeout:
+        yield False
+        return
+    with lock:
+        yield True
 
 
 def name(config: Config) -> str:
@@ -176,28 +282,44 @@ def number(text: str) -> float | int | None:
         return float(text)
 
 
+#: How the names of files begin that are being written.
+_TEMPORARY = ".writing-"
+
+
 def _write(path: Path, content: bytes | memoryview) -> None:
     """Write under a temporary name, then rename: readers and crashes see all of it or nothing."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    with _written_aside(path, content) as new:
+        os.replace(new, path)
+
+
+@contextmanager
+def _written_aside(path: Path, content: bytes | memoryview) -> Iterator[str]:
+    """The content in a file beside ``path``, on the disk for good, to be given its name."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{_TEMPORARY}{path.name}-")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        yield temporary
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
-def _circumstances(device: str) -> dict[str, Any]:
+def first_line(error: BaseException) -> str:
+    """What an error says first; some of torch's go on for a page."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def _circumstances(device: str, command: str) -> dict[str, Any]:
     """What may matter for telling two sessions apart, and is nobody's setting."""
     commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
     return {
         "git_commit": commit,
         "git_dirty": None if changes is None else bool(changes),
-        "command": " ".join(sys.argv),
+        "command": command,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),

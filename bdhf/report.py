@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from bdhf.config import settings_hash
-from bdhf.record import number, read_metrics, read_table, write_table
-
-#: Runs that ended, whichever way; the others have no curve to show yet.
-_ENDED = ("finished", "diverged")
+from bdhf.record import ENDED, number, read_metrics, read_table, write_table
 
 #: What was evaluated on whole data sets when a run had ended.
 _FULL_METRICS = tuple(
@@ -78,25 +76,51 @@ def collect(results: Path, scale: str) -> tuple[int, list[str]]:
             left_out.append(f"{folder}: no provenance.json")
             continue
         provenance = json.loads(provenance_file.read_text())
-        if provenance["status"] not in _ENDED:
+        if provenance["status"] not in ENDED:
             left_out.append(f"{folder}: {provenance['status']}")
             continue
         run = _run_row(folder, provenance)
         runs.append(run)
         identity = {key: run[key] for key in _IDENTITY}
         rows += [{**identity, **row} for row in read_metrics(folder)]
-    target = results / scale
+    if not runs:
+        return 0, left_out
+    with FileLock(results / "runs" / f".{scale}.lock"):  # two sweeps may end at the same moment
+        kept = _merge(results / scale, runs, rows)
+    left_out += [f"{run['run']}: the table has a longer one" for run in runs if run["run"] in kept]
+    return sum(run["run"] not in kept for run in runs), left_out
+
+
+def _merge(target: Path, runs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> set[str]:
+    """Put runs and rows into the tables; the names of the tables' runs that stayed."""
     kept = _not_superseded(target / "runs.csv", runs)
-    superseding = [run for run in runs if run["run"] not in kept]
-    if superseding:
+    new = {run["run"] for run in runs} - kept
+    if new:
         target.mkdir(parents=True, exist_ok=True)
-        new = {run["run"] for run in superseding}
-        for name, added in (("runs.csv", superseding), ("curves.csv", rows)):
+        for name, added in (("runs.csv", runs), ("curves.csv", rows)):
             old: list[dict[str, Any]] = [r for r in read_table(target / name) if r["run"] in kept]
             merged = [*old, *(row for row in added if row["run"] in new)]
             write_table(target / name, sorted(merged, key=lambda row: row["run"]))
-    left_out += [f"{run['run']}: the table has a longer one" for run in runs if run["run"] in kept]
-    return len(superseding), left_out
+    return kept
+
+
+def mixtures(results: Path, scale: str) -> list[str]:
+    """Where the runs of one figure do not belong together: other code, or other data."""
+    warnings = []
+    runs = read_table(results / scale / "runs.csv")
+    for experiment in sorted({run["experiment"] for run in runs}):
+        mine = [run for run in runs if run["experiment"] == experiment]
+        for column, what in (("git_commit", "commits"), ("data_sha256", "data")):
+            values = sorted({value for run in mine for value in run[column].split()})
+            if len(values) > 1:
+                found = ", ".join(value[:10] for value in values)
+                warnings.append(f"{experiment}: its runs are of different {what}: {found}")
+        dirty = sum("True" in run["git_dirty"] for run in mine)
+        if dirty:
+            warnings.append(
+                f"{experiment}: {dirty} of {len(mine)} runs are of code with changes not committed"
+            )
+    return warnings
 
 
 def _not_superseded(table: Path, runs: list[dict[str, Any]]) -> set[str]:
@@ -149,6 +173,7 @@ def _run_row(folder: Path, provenance: dict[str, Any]) -> dict[str, Any]:
         "torch": all_of("torch"),
         "git_commit": all_of("git_commit"),
         "git_dirty": all_of("git_dirty"),
+        "command": all_of("command"),
         "data": provenance["data"]["source"],
         "data_sha256": provenance["data"]["sha256"],
     }

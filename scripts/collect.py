@@ -1,4 +1,4 @@
-"""Merge run folders into the compact table: python scripts/collect.py [SCALE]."""
+"""Merge run folders into the compact table: scripts/collect.py [SCALE] [--from ARCHIVE ...]."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from bdhf.report import collect
+from bdhf.archive import ArchiveError, bring_in
+from bdhf.report import collect, mixtures
 
 
 def main() -> None:
@@ -14,7 +15,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scale", nargs="?", default="laptop", help="paper, laptop or demo")
     parser.add_argument("--results", type=Path, default=Path("results"), help="the results folder")
+    parser.add_argument(
+        "--from",
+        dest="sources",
+        nargs="*",
+        default=[],
+        type=Path,
+        metavar="ARCHIVE",
+        help="archives of results/runs from other machines, or such folders, to bring in first",
+    )
     arguments = parser.parse_args()
+    try:
+        for source in arguments.sources:
+            for line in bring_in(source, arguments.results):
+                print(line)
+    except ArchiveError as error:
+        sys.exit(f"error: {error}")
     count, left_out = collect(arguments.results, arguments.scale)
     for line in left_out:
         print(f"left out: {line}")
@@ -22,6 +38,8 @@ def main() -> None:
     if not count and not table.exists():
         sys.exit(f"error: no finished run under {arguments.results / 'runs' / arguments.scale}")
     print(f"{table}: {count} runs added or renewed")
+    for line in mixtures(arguments.results, arguments.scale):
+        print(f"warning: {line}")
 
 
 if __name__ == "__main__":

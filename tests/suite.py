@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from bdhf.config import Config, checked, register
 from bdhf.experiment import CONFIGS, Experiment
+from bdhf.training import Row
 
 EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT for module in (autoencoder, lstm, resnet)
@@ -48,6 +49,10 @@ def composed(experiment: str, *overrides: str) -> DictConfig:
 
 def config(experiment: str, *overrides: str) -> Config:
     return checked(composed(experiment, *overrides))
+
+
+def without_clocks(rows: list[Row]) -> list[Row]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 def data_folder(*needed: str) -> str:

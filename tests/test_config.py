@@ -13,7 +13,8 @@ from suite import EXPERIMENTS, TINY, TINY_HF, composed, config, tiny
 
 from bdhf.config import ConfigError, check_against_data, checked, settings_hash, settings_of
 from bdhf.data import Images
-from bdhf.experiment import CONFIGS, make_optimizer, run
+from bdhf.experiment import CONFIGS
+from bdhf.runner import make_optimizer, run
 
 SCALES = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml"))
 OPTIMIZERS = sorted(path.stem for path in (CONFIGS / "optimizer").glob("*.yaml"))
@@ -239,7 +240,7 @@ def test_networks_that_do_not_fit_are_refused(
 def test_batch_larger_than_the_data_is_refused_before_it_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bdhf.experiment.load", None)  # would fail if it were called
+    monkeypatch.setattr("bdhf.runner.load", None)  # would fail if it were called
     values = config("autoencoder", *TINY_HF, "batch_size=5000", f"results={tmp_path}")
     with pytest.raises(ConfigError, match=r"^batch_size=5000: must be at most 1437, the size of"):
         run(EXPERIMENTS["autoencoder"], values)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from suite import EXPERIMENTS, config, data_folder
 
-from bdhf.experiment import run
 from bdhf.record import read_metrics
+from bdhf.runner import run
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def training_losses(experiment: str, results: Path, *overrides: str) -> dict[str
     for optimizer in ("hf", "bdhf"):
         values = config(experiment, f"optimizer={optimizer}", "updates=10", *overrides)
         values.results = str(results)
-        folder = run(EXPERIMENTS[experiment], values)
+        folder = run(EXPERIMENTS[experiment], values).folder
         assert folder.status == "finished"
         losses[optimizer] = [float(row["train_loss"] or 0) for row in read_metrics(folder.path)]
     print(losses)

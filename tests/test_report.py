@@ -13,10 +13,10 @@ from matplotlib import pyplot
 from suite import EXPERIMENTS, tiny
 
 from bdhf.config import settings_hash, settings_of
-from bdhf.experiment import run
 from bdhf.figures import draw_figures
 from bdhf.record import read_metrics, write_table
 from bdhf.report import CellKey, collect, read_curves
+from bdhf.runner import run
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_a_seed_that_diverged_does_not_hide_the_others(tmp_path: Path) -> None:
     for seed in (0, 1):
         values = tiny("autoencoder", "adam", f"seed={seed}")
         values.results = str(tmp_path)
-        folder = run(EXPERIMENTS["autoencoder"], values)
+        folder = run(EXPERIMENTS["autoencoder"], values).folder
     rows = read_metrics(folder.path)[:2]
     write_table(folder.path / "metrics.csv", rows)
     collect(tmp_path, "demo")

@@ -11,8 +11,8 @@ from suite import tiny
 from torch import nn
 
 from bdhf.data import Images
-from bdhf.experiment import run
 from bdhf.record import read_metrics
+from bdhf.runner import run
 from bdhf.training import polyak_average
 
 

@@ -16,16 +16,17 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from suite import EXPERIMENTS, TINY_HF, tiny
+from suite import EXPERIMENTS, TINY_HF, tiny, without_clocks
 from torch import nn
 
-import bdhf.experiment
+import bdhf.runner
 from bdhf.data import DataError, load
-from bdhf.experiment import make_optimizer, run
 from bdhf.first_order import FirstOrder
 from bdhf.optimizer import StepReport
 from bdhf.progress import ProgressDisplay
 from bdhf.record import RunFolder, read_metrics
+from bdhf.runner import make_optimizer, run
+from bdhf.stopping import Stopping
 from bdhf.training import (
     Outcome,
     Problem,
@@ -40,7 +41,6 @@ from bdhf.training import (
 from bdhf.work import Work, count_work
 
 ROOT = Path(__file__).resolve().parent.parent
-CLOCKS = ("seconds",)
 
 
 def make(
@@ -48,11 +48,7 @@ def make(
 ) -> RunFolder:
     values = tiny(experiment, optimizer, *overrides)
     values.results = str(tmp_path)
-    return run(EXPERIMENTS[experiment], values)
-
-
-def without_clocks(rows: list[Row]) -> list[Row]:
-    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
+    return run(EXPERIMENTS[experiment], values).folder
 
 
 def metrics(folder: RunFolder) -> list[Row]:
@@ -260,7 +256,7 @@ def test_killed_between_the_last_checkpoint_and_the_end_off_the_grid(
     sizes = ("updates=5", "checkpoint_seconds=0")
     expected = metrics(make(tmp_path / "whole", *sizes))
     with monkeypatch.context() as patch:
-        patch.setattr(bdhf.experiment, "_close", lambda *arguments: 1 / 0)
+        patch.setattr(bdhf.runner, "_close", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             make(tmp_path / "cut", *sizes)
     assert metrics(make(tmp_path / "cut", *sizes)) == expected
@@ -273,18 +269,18 @@ def test_run_is_not_continued_on_other_data(
     before = {p.name: p.read_bytes() for p in folder.path.iterdir()}
     images = load("digits", "")
     other = dataclasses.replace(images, source="another copy", sha256="0" * 64)
-    monkeypatch.setattr(bdhf.experiment, "load", lambda name, root: other)
+    monkeypatch.setattr(bdhf.runner, "load", lambda name, root: other)
     with pytest.raises(DataError, match=r"was begun on other data \(scikit-learn.*than data\.root"):
         make(tmp_path, "updates=4")
     assert {p.name: p.read_bytes() for p in folder.path.iterdir()} == before
 
 
-def test_finished_run_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_run_is_skipped(tmp_path: Path) -> None:
     folder = make(tmp_path)
     before = {p.name: p.stat().st_mtime_ns for p in folder.path.iterdir()}
-    assert make(tmp_path).status == "finished"
+    again = run(EXPERIMENTS["autoencoder"], tiny("autoencoder", "bdhf", f"results={tmp_path}"))
+    assert str(again).endswith("finished, already, with 4 updates") and again.exit_code == 0
     assert {p.name: p.stat().st_mtime_ns for p in folder.path.iterdir()} == before
-    assert "finished already, with 4 updates" in capsys.readouterr().out
 
 
 def test_larger_budget_continues_the_folder(tmp_path: Path) -> None:
@@ -299,7 +295,6 @@ def test_larger_budget_continues_the_folder(tmp_path: Path) -> None:
 def test_smaller_budget_than_what_is_done_ends_with_what_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bdhf.experiment, "_PROCESS_START", float("inf"))
     stops = iter([None, None, None, Outcome("stopped", "enough")])
     original = Training.run
 
@@ -308,8 +303,7 @@ def test_smaller_budget_than_what_is_done_ends_with_what_is_done(
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "run", stopped)
-        with pytest.raises(SystemExit):
-            make(tmp_path, "updates=9")
+        assert make(tmp_path, "updates=9").status == "stopped"
     folder = make(tmp_path, "updates=1")
     provenance = json.loads((folder.path / "provenance.json").read_text())
     assert (provenance["reason"], provenance["updates"]) == ("3 updates", 3)
@@ -396,15 +390,14 @@ def test_diverged_run_is_a_result_and_is_not_repeated(tmp_path: Path) -> None:
 
 
 def test_time_limit_stops_with_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
 ) -> None:
     expected = metrics(make(tmp_path / "whole"))
-    now = time.monotonic()
-    monkeypatch.setattr(bdhf.experiment, "_PROCESS_START", now - 100)
-    with pytest.raises(SystemExit) as stopped:
-        make(tmp_path / "cut", "time_limit=50")
-    assert stopped.value.code == 0
-    assert "Repeat the command to continue from update 0." in capsys.readouterr().out
+    values = tiny("autoencoder", "bdhf", f"results={tmp_path}/cut", "time_limit=50")
+    late = Stopping(values.time_limit, started=time.time() - 100)
+    ended = run(EXPERIMENTS["autoencoder"], values, late)
+    assert (ended.status, ended.exit_code) == ("stopped", 0)
+    assert ended.reason == "time_limit=50 seconds; continues from update 0"
     assert metrics(make(tmp_path / "cut")) == expected
 
 
@@ -635,7 +628,7 @@ def test_progress_is_live_on_a_terminal_and_plain_elsewhere() -> None:
     for terminal in (True, False):
         file = io.StringIO()
         console = Console(file=file, force_terminal=terminal, width=200, highlight=False)
-        with ProgressDisplay("title", 10, 2, console) as display:
+        with ProgressDisplay("title", 10, 2, console=console) as display:
             display.update(3)
             display.row(row)
         text[terminal] = file.getvalue()

@@ -8,21 +8,18 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from filelock import FileLock
 
 from bdhf.data.cifar import load_cifar10
 from bdhf.data.digits import load_digits
 from bdhf.data.images import Data, DataError, Images
 from bdhf.data.mnist import load_mnist
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
-
-__all__ = ["LOADERS", "TRAIN_ROWS", "Data", "DataError", "Images", "load"]
+__all__ = ["LOADERS", "SHAPES", "TRAIN_ROWS", "Data", "DataError", "Images", "load", "stand_in"]
 
 #: Data sets by name: a function of the folder in which they lie.
 LOADERS: dict[str, Callable[[Path], Images]] = {
@@ -35,6 +32,17 @@ LOADERS: dict[str, Callable[[Path], Images]] = {
 #: The sizes of their training sets, to check others against before anything is loaded.
 TRAIN_ROWS = {"mnist": 60_000, "cifar10": 50_000, "digits": 1_437}
 
+#: The shapes of their images: channels, height, width.
+SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "digits": (1, 8, 8)}
+
+
+def stand_in(name: str, rows: int) -> Images:
+    """Random images of a data set's shape, to time work on before there is any data."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(rows, *SHAPES[name], generator=generator)
+    data = pixels, torch.randint(10, (rows,), generator=generator)
+    return Images(data, data, "random", "")
+
 
 def load(name: str, root: str) -> Images:
     """The data set ``name``, from the folder ``root`` where it needs one.
@@ -46,18 +54,8 @@ def load(name: str, root: str) -> Images:
     if name not in LOADERS:
         raise DataError(f"data.name={name}: must be one of {', '.join(sorted(LOADERS))}")
     folder = Path(root).expanduser()
-    with _alone(name, folder):
-        return LOADERS[name](folder)
-
-
-@contextmanager
-def _alone(name: str, folder: Path) -> Iterator[None]:
-    """Wait for other processes that load the same, so that what is missing is downloaded once."""
-    if fcntl is None:
-        yield
-        return
     digest = hashlib.sha256(f"{name} {folder.absolute()}".encode()).hexdigest()
-    # Not in the folder itself, which may be someone else's.
-    with (Path(tempfile.gettempdir()) / f"bdhf-{os.getuid()}-{digest[:16]}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    # What several processes miss, one downloads. Not in the folder, which may be someone else's.
+    lock = Path(tempfile.gettempdir()) / f"bdhf-{os.getuid()}-{digest[:16]}.lock"
+    with FileLock(lock):
+        return LOADERS[name](folder)

@@ -1,0 +1,42 @@
+"""What a user types: one run, or, with ``--multirun``, a sweep."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from bdhf.config import ConfigError, checked, register
+from bdhf.data import DataError
+from bdhf.experiment import CONFIGS, Experiment
+from bdhf.runner import run
+from bdhf.sweep import sweep
+
+
+def main(experiment: Experiment) -> None:
+    """Command line of an experiment: Hydra composes the config, `run` or `sweep` does the work."""
+    command = shlex.join(sys.argv)
+    arguments = sys.argv[1:]
+    if {"-m", "--multirun"} & set(arguments):
+        overrides = [a for a in arguments if a not in ("-m", "--multirun")]
+        sys.exit(sweep([f"experiment={experiment.name}", *overrides], command))
+    register(experiment.name, experiment.settings)
+    exit_code = 1
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=experiment.name)
+    def job(composed: DictConfig) -> None:
+        nonlocal exit_code
+        try:
+            ended = run(experiment, checked(composed), command=command)
+        except (ConfigError, DataError) as error:  # what the user can mend needs no traceback
+            print(f"error: {error}", file=sys.stderr)
+            return
+        print(ended)
+        if ended.status == "stopped":
+            print("Repeat the command to continue.")
+        exit_code = ended.exit_code
+
+    job()
+    sys.exit(exit_code)

@@ -1,0 +1,318 @@
+"""The one runner behind every experiment: it makes a run, or continues it, or leaves it alone."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from bdhf.blocks import ParamGroup
+from bdhf.config import (
+    AdamConfig,
+    Config,
+    ConfigError,
+    HessianFreeConfig,
+    check_against_data,
+    device_of,
+    require,
+)
+from bdhf.data import Images, load
+from bdhf.experiment import Experiment
+from bdhf.first_order import FirstOrder
+from bdhf.functional import RandomState
+from bdhf.machine import use_machine
+from bdhf.optimizer import BlockDiagonalHF
+from bdhf.progress import ProgressDisplay
+from bdhf.record import RunFolder
+from bdhf.stopping import Stopping
+from bdhf.training import (
+    Outcome,
+    Problem,
+    Progress,
+    Row,
+    Sizes,
+    StepOptimizer,
+    Training,
+    evaluate,
+    polyak_average,
+    stream_seed,
+)
+from bdhf.work import count_work
+
+#: Rows on which the work of an update is counted; the count is exact for any number.
+_COUNTED_ROWS = 2
+
+#: A checkpoint is written at most so often that writing takes this share of the time.
+_CHECKPOINT_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an attempt at a run ended.
+
+    Attributes:
+        folder: the run's folder.
+        status: ``finished`` or ``diverged``, now or before; ``stopped``, to be continued;
+            ``elsewhere``, since another process is at work on it.
+        reason: why, in words.
+        exit_code: that of a process that did nothing else.
+    """
+
+    folder: RunFolder
+    status: Literal["finished", "diverged", "stopped", "elsewhere"]
+    reason: str
+    exit_code: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.folder.path}: {self.status}, {self.reason}"
+
+
+def run(
+    experiment: Experiment,
+    config: Config,
+    stopping: Stopping | None = None,
+    command: str = "",
+    shown: bool = True,
+) -> Ended:
+    """Make one run, or continue it, or find that it is finished.
+
+    Args:
+        experiment: what is trained.
+        config: how, with sizes and seed.
+        stopping: asked before every update; None: catch signals and mind ``config.time_limit``.
+        command: what the user typed, for the run's provenance.
+        shown: whether its progress is displayed.
+
+    Raises:
+        DataError: the data set is missing or corrupt.
+        ConfigError: the config is another experiment's, or does not fit the data set.
+    """
+    require(
+        config.experiment == experiment.name,
+        "experiment",
+        config.experiment,
+        f"{experiment.name} here; experiments/{config.experiment}.py runs another experiment",
+    )
+    folder = RunFolder(config)
+    elsewhere = Ended(folder, "elsewhere", "another process is at work on it")
+    if (done := _done_before(folder, config)) is not None:
+        return done
+    if folder.held():
+        return elsewhere
+    use_machine(config.threads)
+    check_against_data(config)
+    images = load(config.data.name, config.data.root)
+    training = _set_up(experiment, config, images)
+    # From here on, after all that may be refused, something is written.
+    with contextlib.ExitStack() as stack:
+        if not stack.enter_context(folder.held_alone()):
+            return elsewhere
+        if (done := _done_before(folder, config)) is not None:  # by another process, just now
+            return done
+        if stopping is None:
+            stopping = stack.enter_context(Stopping(config.time_limit))
+        return _make(experiment, config, images, training, folder, stopping, command, shown)
+
+
+def _done_before(folder: RunFolder, config: Config) -> Ended | None:
+    if not folder.is_done(config.updates):
+        return None
+    status: Any = folder.status
+    return Ended(folder, status, f"already, with {folder.updates_done} updates")
+
+
+def _make(
+    experiment: Experiment,
+    config: Config,
+    images: Images,
+    training: Training,
+    folder: RunFolder,
+    stopping: Stopping,
+    command: str,
+    shown: bool,
+) -> Ended:
+    folder.begin(config, _facts(config, images, training), command)
+    with folder.failures_recorded():
+        while True:
+            _restore(folder, training)
+            outcome = _train(folder, training, config, stopping, shown)
+            if outcome is not None:
+                break
+            # Out of memory. A smaller piece gives the same gradient and products, to rounding.
+            config = dataclasses.replace(config, micro_batch=_smaller_piece(config))
+            print(
+                f"{folder.path}: out of GPU memory; goes on from its last checkpoint with "
+                f"micro_batch={config.micro_batch}, with equal results",
+                flush=True,
+            )
+            del training
+            gc.collect()
+            torch.cuda.empty_cache()
+            training = _set_up(experiment, config, images)
+        _close(folder, training, outcome, config)
+    reason = outcome.reason
+    if outcome.status == "stopped":
+        reason += f"; continues from update {training.progress.update}"
+    return Ended(folder, outcome.status, reason, outcome.exit_code)
+
+
+def _smaller_piece(config: Config) -> int:
+    return -(-(config.micro_batch or config.batch_size) // 2)
+
+
+def _set_up(experiment: Experiment, config: Config, images: Images) -> Training:
+    """Model, data and optimizer. Streams of their own keep weights and data order apart."""
+    device = device_of(config)
+    torch.manual_seed(stream_seed("initialisation", config.seed))
+    model = experiment.network(config.network).to(device)
+    torch.manual_seed(stream_seed("training", config.seed))
+
+    train, test = (
+        (inputs.to(device), targets.to(device))
+        for inputs, targets in experiment.prepare(images, config.network)
+    )
+    problem = Problem(model, experiment.criterion, train, test, experiment.accuracy)
+    blocks, optimizer = make_optimizer(config.optimizer, model, experiment.blocks)
+    sample = problem.train[0][:_COUNTED_ROWS], problem.train[1][:_COUNTED_ROWS]
+    work = count_work(model, problem.criterion, sample, [block["params"] for block in blocks])
+    sizes = Sizes(
+        config.batch_size,
+        config.curvature_batch_size,
+        config.updates,
+        config.evaluate_every,
+        config.evaluation_rows,
+        config.micro_batch,
+    )
+    averaged = polyak_average(model) if experiment.average_weights else None
+    return Training(problem, optimizer, sizes, config.seed, work, averaged)
+
+
+def make_optimizer(
+    settings: Any, model: nn.Module, blocks: Callable[[Any], list[ParamGroup]]
+) -> tuple[list[ParamGroup], StepOptimizer]:
+    """The optimizer that ``settings`` describe, and the blocks it solves (none for Adam).
+
+    Raises:
+        ConfigError: there is no such optimizer.
+    """
+    values = asdict(settings)
+    name = values.pop("name")
+    if isinstance(settings, AdamConfig):
+        return [], FirstOrder(torch.optim.Adam(model.parameters(), **values))
+    if isinstance(settings, HessianFreeConfig):
+        groups = blocks(model) if name == "bdhf" else [{"params": list(model.parameters())}]
+        return groups, BlockDiagonalHF(groups, **values)
+    raise ConfigError(f"optimizer.name={name}: must be adam, hf or bdhf")
+
+
+def _facts(config: Config, images: Images, training: Training) -> dict[str, Any]:
+    device = device_of(config)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
+    return {
+        "device": gpu or str(device),
+        "data": {"name": config.data.name, "source": images.source, "sha256": images.sha256},
+        "seed": config.seed,
+        "parameters": sum(p.numel() for p in parameters),
+        "work": asdict(training.work),
+    }
+
+
+def _restore(folder: RunFolder, training: Training) -> None:
+    checkpoint = folder.load_checkpoint()
+    if checkpoint is None:
+        return
+    training.problem.model.load_state_dict(checkpoint["model"])
+    training.optimizer.load_state_dict(checkpoint["optimizer"])
+    if training.averaged is not None:
+        training.averaged.load_state_dict(checkpoint["averaged"])
+    training.progress = Progress(**checkpoint["progress"])
+    torch.set_rng_state(checkpoint["random_state"])
+    if checkpoint["cuda_random_state"] is not None and torch.cuda.is_available():
+        device = next(training.problem.model.parameters()).device
+        torch.cuda.set_rng_state(checkpoint["cuda_random_state"], device)
+    if training.progress.update < training.sizes.updates:
+        folder.drop_rows_off_the_grid(training.sizes.evaluate_every)
+
+
+def _checkpoint(training: Training) -> dict[str, Any]:
+    random_state = RandomState.capture(list(training.problem.model.parameters()))
+    return {
+        "model": training.problem.model.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "averaged": None if training.averaged is None else training.averaged.state_dict(),
+        "progress": asdict(training.progress),
+        "random_state": random_state.cpu,
+        "cuda_random_state": random_state.of_device,
+    }
+
+
+def _train(
+    folder: RunFolder, training: Training, config: Config, stopping: Stopping, shown: bool
+) -> Outcome | None:
+    """Train; None where the GPU's memory ran out and a smaller `_smaller_piece` may do."""
+    writer = _CheckpointWriter(folder, training, config.checkpoint_seconds)
+    with ProgressDisplay(title(config), config.updates, training.progress.update, shown) as display:
+
+        def on_row(row: Row) -> None:
+            folder.append(row)
+            display.row(row)
+
+        def on_update() -> None:
+            display.update(training.progress.update)
+            writer.write_if_due()
+
+        try:
+            outcome = training.run(on_row, on_update, stopping)
+        except torch.OutOfMemoryError:
+            if config.micro_batch == 1:
+                raise
+            return None
+    # Kept for good, so that a larger budget can continue from here.
+    writer.write()
+    return outcome
+
+
+class _CheckpointWriter:
+    """Writes a checkpoint every so many seconds, but no more often than it can afford."""
+
+    def __init__(self, folder: RunFolder, training: Training, pause: float) -> None:
+        self._folder, self._training, self._pause = folder, training, pause
+        self._due = time.monotonic() + pause
+
+    def write_if_due(self) -> None:
+        if time.monotonic() >= self._due:
+            self.write()
+
+    def write(self) -> None:
+        started = time.monotonic()
+        self._folder.save_checkpoint(_checkpoint(self._training))
+        ended = time.monotonic()
+        self._due = ended + max(self._pause, (ended - started) / _CHECKPOINT_SHARE)
+
+
+def title(config: Config) -> str:
+    """A run in a few words, for people."""
+    curvature = config.curvature_batch_size
+    sizes = f"b{config.batch_size}" + ("" if curvature is None else f" c{curvature}")
+    return f"{config.experiment} {config.optimizer.name} {sizes} seed {config.seed}"
+
+
+def _close(folder: RunFolder, training: Training, outcome: Outcome, config: Config) -> None:
+    facts: dict[str, Any] = {"micro_batch": config.micro_batch}
+    if outcome.status == "finished":
+        problem = training.problem
+        for name, data in (("train", problem.train), ("test", problem.test)):
+            loss, accuracy = evaluate(problem, problem.model, data)
+            facts |= {f"full_{name}_loss": loss, f"full_{name}_accuracy": accuracy}
+        if training.averaged is not None:
+            loss, accuracy = evaluate(problem, training.averaged, problem.test)
+            facts |= {"full_averaged_test_loss": loss, "full_averaged_test_accuracy": accuracy}
+    folder.end(outcome.status, outcome.reason, training.progress.update, **facts)

@@ -1,0 +1,162 @@
+"""Sweeps: every run of a grid, made by any of Hydra's launchers, surviving anything.
+
+A run is idempotent (`bdhf.runner.run`): finished it is skipped, unfinished continued, failed tried
+again. So repeating a sweep's command is how it is resumed.
+
+grid.py       from a command line to runs
+state.py      where they stand
+estimate.py   how long the rest takes
+launch.py     having them made
+display.py    tables of all that
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from bdhf.config import ConfigError, device_of
+from bdhf.experiment import CONFIGS
+from bdhf.runner import title
+from bdhf.sweep.display import LiveTable, disk_in_words, failure_table, make_console, plan_table
+from bdhf.sweep.estimate import Estimate, duration
+from bdhf.sweep.grid import CONFIG_NAME, Grid, expand
+from bdhf.sweep.launching import Orders, launch
+from bdhf.sweep.state import State, in_words, look
+
+__all__ = ["plan", "sweep"]
+
+#: So many runs that are left are named one by one.
+_NAMED = 20
+
+
+def sweep(arguments: Sequence[str], command: str) -> int:
+    """Make the runs that ``key=value,value`` arguments ask for; the exit code of the process.
+
+    Args:
+        arguments: Hydra overrides, as after ``--multirun``.
+        command: what the user typed, for the runs' provenance.
+
+    Returns:
+        0, also where runs diverged, are made by another process or are left by ``time_limit``;
+        1 where a run failed or was refused; 128 + n after signal n.
+    """
+    started = time.time()
+    return _expanded(arguments, lambda grid: _make(grid, command, started, make_console()))
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Show what `sweep` would do: what is done, what is left, how long that will take."""
+    return _expanded(arguments, lambda grid: _show_plan(grid, make_console()))
+
+
+def _expanded(arguments: Sequence[str], use: Callable[[Grid], int]) -> int:
+    for argument in arguments:
+        if "=" not in argument and not argument.startswith("~"):
+            print(
+                f"error: {argument}: a sweep takes key=value and --multirun only", file=sys.stderr
+            )
+            return 1
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            grid = expand(arguments)
+            for message, count in grid.refused.items():
+                runs = f" ({count} runs)" if count > 1 else ""
+                print(f"error: {message}{runs}", file=sys.stderr)
+            return use(grid) or int(bool(grid.refused))
+    except OverrideParseException as error:
+        print(f"error: {error.override}: {error}", file=sys.stderr)
+        return 1
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _show_plan(grid: Grid, console: Console) -> int:
+    if not grid.runs:
+        return 0
+    states = [look(run) for run in grid.runs]
+    jobs = _jobs(grid)
+    estimate = Estimate(states, jobs)
+    console.print(plan_table(states, estimate))
+    console.print(in_words(states))
+    at_once = f", {jobs} runs at once" if jobs > 1 else ""
+    console.print(f"{estimate.words()} on this machine{at_once}, if CG uses all its iterations")
+    console.print(disk_in_words(estimate, Path(grid.runs[0].config.results)))
+    return 0
+
+
+def _make(grid: Grid, command: str, started: float, console: Console) -> int:
+    states = [look(run) for run in grid.runs]
+    left = [state.run for state in states if state.standing not in ("finished", "diverged")]
+    failed: dict[Path, str] = {}
+    exit_code = 0
+    if left:
+        console.print(in_words(states))
+        _warn_of_days(states, _jobs(grid), console)
+        folder = Path(left[0].config.results) / "runs" / ".sweep"
+        folder.mkdir(parents=True, exist_ok=True)
+        stop_file = folder / f"stop-{os.getpid()}-{started:.0f}"
+        limit, process = left[0].config.time_limit, os.getpid()
+        shown = not console.is_terminal
+        orders = Orders(command, started, limit, stop_file, process, shown)
+        with orders.stopping() as stopping, LiveTable(grid.runs, console, _jobs(grid)):
+            failed = launch(replace(grid, runs=left), orders, stopping)
+        if (outcome := stopping()) is not None:
+            console.print(f"stopped, {outcome.reason}")
+            exit_code = outcome.exit_code
+        stop_file.unlink(missing_ok=True)
+    states = [look(run) for run in grid.runs]
+    _conclude(states, failed, console)
+    return exit_code or int(bool(failed) or any(s.standing == "failed" for s in states))
+
+
+def _conclude(states: Sequence[State], failed: dict[Path, str], console: Console) -> None:
+    """Say what has come of it, and what there is to do."""
+    console.print(in_words(states))
+    for state in states:
+        if state.standing == "diverged":
+            console.print(f"diverged: {title(state.run.config)}: {state.folder.reason}")
+    if (table := failure_table(states, failed)) is not None:
+        console.print(table)
+    running = sum(state.standing == "running" for state in states)
+    if running:
+        console.print(f"{running} are being made by another process")
+    left = [s for s in states if s.standing == "left" and s.folder.path not in failed]
+    for state in left[:_NAMED]:
+        done = f"{state.updates} of {state.run.config.updates} updates made"
+        console.print(f"left: {title(state.run.config)}, {done}")
+    if len(left) > _NAMED:
+        console.print(f"left: {len(left) - _NAMED} more; make plan shows them all")
+    if left or table is not None:
+        console.print("Repeat the command to go on.")
+
+
+def _warn_of_days(states: Sequence[State], jobs: int, console: Console) -> None:
+    """At paper scale without a GPU."""
+    config = states[0].run.config
+    if config.scale == "paper" and device_of(config).type == "cpu":
+        time_left = duration(Estimate(states, jobs).total())
+        console.print(
+            f"scale=paper is for a GPU, and there is none: on this machine it takes about "
+            f"{time_left}. make reproduce-all SCALE=laptop (scale=laptop) is the comparison for "
+            "a CPU. Going on."
+        )
+
+
+def _jobs(grid: Grid) -> int:
+    """How many runs the launcher makes at once."""
+    overrides = [*grid.hydra, *grid.runs[0].overrides]
+    launcher = compose(CONFIG_NAME, overrides, return_hydra_config=True).hydra.launcher
+    count = OmegaConf.select(launcher, "n_jobs") or OmegaConf.select(launcher, "array_parallelism")
+    return (os.cpu_count() or 1) if count == -1 else int(count or 1)

@@ -1,0 +1,135 @@
+"""A sweep's tables: what is left to do, what is being done, what went wrong."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from bdhf.progress import described
+from bdhf.runner import title
+from bdhf.sweep.estimate import Estimate, duration
+from bdhf.sweep.grid import GridRun
+from bdhf.sweep.state import STANDINGS, State, counted, in_words, look
+
+#: Columns where the output is no terminal, so that paths stay on one line.
+_WIDE = 160
+
+#: Seconds between two looks at the run folders.
+_REFRESH = 1.0
+
+
+def make_console() -> Console:
+    """Standard output, wide where it is a file."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_WIDE)
+
+
+def plan_table(states: Sequence[State], estimate: Estimate) -> Table:
+    """One row for each cell: how many of its seeds stand where, and how long the rest will take."""
+    table = Table("experiment", "optimizer", "mini-batch", "curvature", "updates", box=None)
+    for column in (*STANDINGS, "time left"):
+        table.add_column(column, justify="right")
+    cells: dict[tuple[str, ...], list[State]] = {}
+    for state in states:
+        config = state.run.config
+        few = config.curvature_batch_size
+        sizes = str(config.batch_size), "" if few is None else str(few), str(config.updates)
+        cells.setdefault((config.experiment, config.optimizer.name, *sizes), []).append(state)
+    for cell, seeds in sorted(cells.items(), key=lambda item: item[0][0]):
+        counts = counted(seeds)
+        left = sum(map(estimate.seconds, seeds))
+        numbers = (str(counts.get(standing) or "") for standing in STANDINGS)
+        table.add_row(*cell, *numbers, duration(left) if left else "")
+    return table
+
+
+def disk_in_words(estimate: Estimate, results: Path) -> str:
+    """As ``12 MB on disk, about 500 MB at most; 80 GB free``."""
+    now, later = estimate.disk()
+    there = next(p for p in (results, *results.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    words = f"{_size(now)} on disk now, about {_size(later)} at most; {_size(free)} free"
+    return words + (": NOT ENOUGH" if later - now > free else "")
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+class LiveTable:
+    """The runs being made, drawn anew every second while a sweep lasts; nothing if not a terminal.
+
+    Read from the run folders by a thread, so it is the same for every launcher.
+    """
+
+    def __init__(self, runs: Sequence[GridRun], console: Console, jobs: int) -> None:
+        self._states, self._jobs = [look(run) for run in runs], jobs
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._shown = console.is_terminal
+
+    def __enter__(self) -> LiveTable:
+        if self._shown:
+            self._live.start()
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        if self._shown:
+            self._thread.join()
+            self._live.stop()
+
+    def _watch(self) -> None:
+        while not self._over.wait(_REFRESH):
+            self._states = [
+                state if state.standing in ("finished", "diverged") else look(state.run)
+                for state in self._states
+            ]
+            self._live.update(live_view(self._states, self._jobs), refresh=True)
+
+
+def live_view(states: Sequence[State], jobs: int) -> Group:
+    """The counts, a row for each run at work, and how long the rest takes, as far as is known."""
+    estimate = Estimate(states, jobs, trials=False)
+    table = Table("running", "update", "", box=None)
+    for state in states:
+        if state.standing == "running":
+            metrics = "" if state.row is None else described(state.row)
+            config = state.run.config
+            table.add_row(title(config), f"{state.updates}/{config.updates}", metrics)
+    left = f"{estimate.words()} left, {jobs} at once"
+    return Group(Text(in_words(states)), table, Text(left))
+
+
+def failure_table(states: Sequence[State], failed: dict[Path, str]) -> Table | None:
+    """Which runs failed, why, and the log of each; None where none did."""
+    table = Table("failed", "reason", "log", box=None)
+    for column in table.columns:
+        column.overflow = "fold"
+    for state in states:
+        folder = state.folder
+        recorded = state.standing == "failed"
+        if recorded or folder.path in failed:
+            reason = folder.reason if recorded else failed[folder.path]
+            log = str(folder.error_log) if recorded and folder.error_log.exists() else ""
+            table.add_row(title(state.run.config), Text(reason), Text(log))
+    return table if table.row_count else None

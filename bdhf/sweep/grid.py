@@ -1,0 +1,125 @@
+"""From a command line to the runs it asks for, by Hydra's grammar and configs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from bdhf.config import Config, ConfigError, check_against_data, checked, register
+from bdhf.experiment import experiment_names, find_experiment
+from bdhf.record import RunFolder
+
+#: The one config of all experiments, ``configs/run.yaml``.
+CONFIG_NAME = "run"
+
+
+@dataclass(frozen=True)
+class GridRun:
+    """One run of a sweep: how Hydra composes its config, and the config."""
+
+    overrides: tuple[str, ...]
+    config: Config
+
+    def folder(self) -> RunFolder:
+        """Its folder as it is now."""
+        return RunFolder(self.config)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a command line asks for.
+
+    Attributes:
+        runs: in the order in which they are made: all of one seed, then all of the next.
+        refused: what is wrong with the others, each message once, with the number of runs.
+        hydra: overrides that are Hydra's own, such as the launcher's.
+    """
+
+    runs: list[GridRun]
+    refused: dict[str, int]
+    hydra: list[str]
+
+
+def expand(arguments: Sequence[str]) -> Grid:
+    """The grid of ``key=value,value`` arguments, as Hydra's ``--multirun`` has it.
+
+    ``experiment`` is all of them unless it is given. Keys that are not given are swept as
+    ``hydra.sweeper.params`` of the experiment at that scale says. Hydra must be initialized.
+    """
+    for name in experiment_names():
+        register(name, find_experiment(name).settings)
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    given = parser.parse_overrides(list(arguments))
+    own = [o for o in given if not o.is_hydra_override()]
+    axes = {"experiment": _values("experiment", experiment_names())}
+    axes |= {o.get_key_element(): _choices(o) for o in own}
+    hydra = [str(o.input_line) for o in given if o.is_hydra_override()]
+    runs: dict[Path, GridRun] = {}
+    refused: dict[str, int] = {}
+    for points in _points(axes, parser):
+        for run in _runs(points, refused):
+            # Two cells may be one run, where sizes are given on the command line.
+            path = run.folder().path
+            known = runs.setdefault(path, run)
+            if run.config.updates > known.config.updates:
+                runs[path] = run
+    return Grid(sorted(runs.values(), key=lambda run: run.config.seed), refused, hydra)
+
+
+def _points(
+    axes: dict[str, list[str]], parser: OverridesParser
+) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+    """Overrides without their seed, and the seeds to take with them."""
+    outer = ("experiment", "scale")  # what the defaults of the others hang on
+    for chosen in itertools.product(*(axes[key] for key in outer if key in axes)):
+        composed = compose(CONFIG_NAME, list(chosen), return_hydra_config=True)
+        defaults = [f"{key}={value}" for key, value in composed.hydra.sweeper.params.items()]
+        inner = {o.get_key_element(): _choices(o) for o in parser.parse_overrides(defaults)}
+        inner |= {key: values for key, values in axes.items() if key not in outer}
+        seeds = inner.pop("seed", ["seed=0"])
+        for point in itertools.product(*inner.values()):
+            yield (*chosen, *point), seeds
+
+
+def _runs(point: tuple[tuple[str, ...], list[str]], refused: dict[str, int]) -> Iterator[GridRun]:
+    overrides, seeds = point
+    config: Config | None = None
+    for seed in seeds:
+        mine = (*overrides, seed)
+        number = seed.partition("=")[2]
+        try:
+            # Composing takes a twentieth of a second, and nothing else depends on the seed.
+            if config is not None and number.isdecimal():
+                config = dataclasses.replace(config, seed=int(number))
+            else:
+                config = checked(compose(CONFIG_NAME, list(mine)))
+                check_against_data(config)
+        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+            refused[str(error)] = refused.get(str(error), 0) + 1
+            config = None
+            continue
+        yield GridRun(mine, config)
+
+
+def _choices(override: Override) -> list[str]:
+    """Each value of a sweep as an override; an override that is no sweep as it is."""
+    key = override.get_key_element()
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    if not override.is_discrete_sweep():
+        raise ConfigError(f"{override.input_line}: a sweep takes lists, choices and ranges only")
+    return _values(key, override.sweep_string_iterator())
+
+
+def _values(key: str, values: Sequence[str] | Iterator[str]) -> list[str]:
+    return [f"{key}={value}" for value in values]
