@@ -219,7 +219,6 @@ def test_adams_values_out_of_range_are_refused_by_name(override: str, message: s
     ("experiment", "override", "message"),
     [
         ("autoencoder", "network.widths=[10,5]", r"^network.widths=\[10, 5\]: must be from 64 on"),
-        ("autoencoder", "experiment=lstm", r"^experiment=lstm: must be autoencoder here; exper"),
         ("lstm", "network.pool=9", r"^network.pool=9: must be at most 8, the image's"),
         ("lstm", "network.units=0", r"^network.units=0: must be 1 or more$"),
         ("lstm", "network.layers=-1", r"^network.layers=-1: must be 1 or more$"),
@@ -234,6 +233,14 @@ def test_networks_that_do_not_fit_are_refused(
         values = tiny(experiment, "bdhf", override)
         values.results = str(tmp_path / "r")
         run(EXPERIMENTS[experiment], values)
+    assert not (tmp_path / "r").exists()
+
+
+def test_experiment_of_another_file_is_refused(tmp_path: Path) -> None:
+    values = tiny("lstm", "bdhf", f"results={tmp_path}/r")
+    message = r"^experiment=lstm: must be autoencoder here; experiments/lstm.py runs another"
+    with pytest.raises(ConfigError, match=message):
+        run(EXPERIMENTS["autoencoder"], values)
     assert not (tmp_path / "r").exists()
 
 
