@@ -10,6 +10,7 @@ VENV   ?= .venv
 
 RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.ready
+# One plain command, so that make hands signals on to it.
 SWEEP  := $(RUN) scripts/reproduce.py scale=$(SCALE) $(addprefix seed=,$(SEEDS))
 ifdef LAUNCHER
 SWEEP  += hydra/launcher=$(LAUNCHER)
@@ -48,21 +49,17 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## all experiments and optimizers, small: about a minute, nothing to download
 	@$(MAKE) --no-print-directory reproduce-all SCALE=demo
 
-# What is finished is collected and drawn also where some runs failed.
-MAKE_RUNS = $(SWEEP) $(1); code=$$?; \
-  $(MAKE) --no-print-directory collect figures || exit; exit $$code
-
 plan: $(READY) ## what is done at SCALE, what is left, how long that will take
 	$(SWEEP) --plan all
 
 reproduce-all: $(READY) ## every figure: every run of every experiment at SCALE
-	@$(call MAKE_RUNS,all)
+	$(SWEEP) all
 
 reproduce-autoencoder: ## figure 1
 reproduce-lstm: ## figure 2
 reproduce-resnet: ## figure 3
 $(addprefix reproduce-,$(EXPERIMENTS)): reproduce-%: $(READY)
-	@$(call MAKE_RUNS,$*)
+	$(SWEEP) $*
 
 collect: $(READY) ## merge run folders, also those in archives FROM=..., into results/SCALE
 	$(RUN) scripts/collect.py $(SCALE) $(if $(FROM),--from $(FROM))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from bdhf.record import ENDED, alone_with, read_metrics
+from bdhf.record import ENDED, alone_with, read_metrics, read_provenance
 
 
 class ArchiveError(ValueError):
@@ -56,16 +56,18 @@ def _opened(source: Path, folder: Path) -> Iterator[Path]:
     if source.is_dir():
         yield source
         return
+    if not hasattr(tarfile, "data_filter"):
+        raise ArchiveError(f"{source}: reading archives safely needs Python 3.10.12 or newer")
     try:
         with tarfile.open(source) as tar:
             tar.extractall(folder, filter="data")  # nothing outside the folder, no devices
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise ArchiveError(f"{source}: cannot be read as a tar archive ({error})") from error
     yield folder
 
 
 def _take(theirs: Path, runs: Path, scratch: Path) -> str:
-    scale, experiment, name = theirs.parts[-3:]
+    scale, experiment, name = theirs.resolve().parts[-3:]
     try:
         config = OmegaConf.load(theirs / "config.yaml")
         belongs = (config.scale, config.experiment) == (scale, experiment)
@@ -85,12 +87,11 @@ def _take(theirs: Path, runs: Path, scratch: Path) -> str:
         if ours.exists():
             os.replace(ours, scratch / f"replaced-{name}")
         os.replace(copy, ours)
-    return f"{name}: brought in, {_how_far(ours)[1]} updates"
+    return f"{name}: brought in, {_how_far(ours)[0]} updates"
 
 
-def _how_far(folder: Path) -> tuple[bool, int]:
-    """Whether a run is over, and its last update with a row of metrics."""
-    provenance = folder / "provenance.json"
-    status = json.loads(provenance.read_text())["status"] if provenance.exists() else ""
+def _how_far(folder: Path) -> tuple[int, bool]:
+    """A run's last update with a row of metrics, and whether the run is over."""
     rows = read_metrics(folder)
-    return status in ENDED, int(rows[-1]["update"] or 0) if rows else -1
+    over = read_provenance(folder).get("status") in ENDED
+    return int(rows[-1]["update"] or 0) if rows else -1, over

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 
 import hydra
@@ -11,6 +12,7 @@ from omegaconf import DictConfig
 from bdhf.config import ConfigError, checked, register
 from bdhf.data import DataError
 from bdhf.experiment import CONFIGS, Experiment
+from bdhf.progress import say
 from bdhf.runner import run
 from bdhf.sweep import sweep
 
@@ -33,9 +35,12 @@ def main(experiment: Experiment) -> None:
         except (ConfigError, DataError) as error:  # what the user can mend needs no traceback
             print(f"error: {error}", file=sys.stderr)
             return
-        print(ended)
+        except KeyboardInterrupt:  # the second Ctrl-C
+            exit_code = 128 + signal.SIGINT
+            return
+        say(str(ended))
         if ended.status == "stopped":
-            print("Repeat the command to continue.")
+            say("Repeat the command to continue.")
         exit_code = ended.exit_code
 
     job()

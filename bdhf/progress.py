@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bdhf.training import Row
+
+
+class LastingConsole(Console):
+    """A console that falls silent where nobody reads any more (``... | head``); work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Write to nowhere from now on, ``print`` too, and do not exit as rich does."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(text: str) -> None:
+    """Print a line, for people."""
+    LastingConsole(highlight=False).print(text, markup=False, soft_wrap=True)
 
 
 class ProgressDisplay:
@@ -22,7 +38,7 @@ class ProgressDisplay:
         console: Console | None = None,
     ) -> None:
         self._title, self._updates = title, updates
-        self._console = console or Console(highlight=False, quiet=not shown)
+        self._console = console or LastingConsole(highlight=False, quiet=not shown)
         self._started = time.monotonic()
         self._bar: Progress | None = None
         if self._console.is_terminal and shown:

@@ -13,6 +13,7 @@ Everything is written under a temporary name first, so a run may be killed at an
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import math
@@ -35,6 +36,7 @@ from omegaconf import OmegaConf
 
 from bdhf.config import Config, settings_hash, settings_of
 from bdhf.data import DataError
+from bdhf.progress import say
 from bdhf.training import Row
 
 #: Statuses of a run that is over; the others have no whole curve yet.
@@ -94,11 +96,13 @@ class RunFolder:
         """Whether a process is at work on the run."""
         if not self._lock.exists():
             return False
-        try:
-            with FileLock(self._lock).acquire(blocking=False):
-                return False
-        except Timeout:
-            return True
+        # A shared lock, so that those who look do not see each other.
+        with self._lock.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
     def touched_since(self, moment: float) -> bool:
         """Whether a session began or ended since then, in seconds since the epoch."""
@@ -132,29 +136,47 @@ class RunFolder:
         """The newest checkpoint that can be read, with the metrics up to it; None: there is none.
 
         Raises:
-            RuntimeError: there are checkpoints, and none can be read.
+            RuntimeError: there are checkpoints, and none can be read; or the metrics that belong
+                to one are gone.
         """
         self._rows = []
-        damaged = []
+        damaged = {}
         for path in filter(Path.exists, (self._checkpoint, self._older_checkpoint)):
             try:
                 checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:
-                damaged.append(f"{path} cannot be read ({first_line(error)})")
+                damaged[path] = f"{path} cannot be read ({first_line(error)})"
                 continue
-            # Rows after the checkpoint belong to updates that will be made again.
             last = checkpoint["progress"]["update"]
-            self._rows = [row for row in read_metrics(self.path) if int(row["update"] or 0) <= last]
-            for fault in damaged:
-                print(f"{fault}; the older checkpoint serves, of update {last}", flush=True)
+            for file, fault in damaged.items():
+                say(f"{fault}; the older checkpoint serves, of update {last}")
+                file.unlink()  # or the next checkpoint would take it for a good older one
+            self._keep_rows_until(last)
             return checkpoint
         if damaged:
-            raise RuntimeError("; ".join(damaged) + "; delete it to start this run anew")
+            raise RuntimeError("; ".join(damaged.values()) + "; delete it to start this run anew")
         return None
+
+    def _keep_rows_until(self, update: int) -> None:
+        """Later rows belong to updates that will be made again."""
+        rows = read_metrics(self.path)
+        self._rows = [row for row in rows if int(row["update"] or 0) <= update]
+        if not self._rows:
+            raise RuntimeError(
+                f"{self.path / 'metrics.csv'} is gone or empty, and the checkpoint is of update "
+                f"{update}; delete the checkpoint to start this run anew"
+            )
+        if len(self._rows) < len(rows):
+            write_table(self.path / "metrics.csv", self._rows)
 
     def drop_rows_off_the_grid(self, every: int) -> None:
         """Drop a smaller budget's last row where an evaluation was not due."""
         self._rows = [row for row in self._rows if int(row["update"] or 0) % every == 0]
+
+    @property
+    def last_row(self) -> int:
+        """The update of the last row of metrics."""
+        return int(self._rows[-1]["update"] or 0)
 
     def save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replace the checkpoint, all or nothing; the one before is kept until the run ends."""
@@ -191,11 +213,14 @@ class RunFolder:
         """Whatever is raised inside is written to the folder before it goes on its way."""
         try:
             yield
-        except BaseException as error:  # also an exit: a display whose pipe is closed ends so
+        except BaseException as error:
             with suppress(OSError):  # the disk may be full
                 self._provenance["sessions"][-1]["end"] = _now()
-                self._conclude("failed", f"{type(error).__name__}: {first_line(error)}")
-                _write(self.error_log, traceback.format_exc().encode())
+                if isinstance(error, KeyboardInterrupt):
+                    self._conclude("stopped", "interrupted")
+                else:
+                    self._conclude("failed", f"{type(error).__name__}: {first_line(error)}")
+                    _write(self.error_log, traceback.format_exc().encode())
             raise
         self.error_log.unlink(missing_ok=True)
 
@@ -210,11 +235,7 @@ class RunFolder:
         _write(self.path / "provenance.json", text.encode())
 
     def _read_provenance(self) -> dict[str, Any]:
-        path = self.path / "provenance.json"
-        if not path.exists():
-            return {}
-        provenance: dict[str, Any] = json.loads(path.read_text())
-        return provenance
+        return read_provenance(self.path)
 
 
 @contextmanager
@@ -246,6 +267,18 @@ def name(config: Config) -> str:
     curvature = config.curvature_batch_size
     sizes = f"b{config.batch_size}" + ("" if curvature is None else f"-c{curvature}")
     return f"{config.optimizer.name}-{sizes}-seed{config.seed}-{settings_hash(settings_of(config))}"
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """A run's ``provenance.json``: empty for a new run, a failed run's where it is damaged."""
+    path = folder / "provenance.json"
+    if not path.exists():
+        return {}
+    try:
+        provenance: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        return {"status": "failed", "reason": f"{path} cannot be read ({error})"}
+    return provenance
 
 
 def read_metrics(folder: Path) -> list[Row]:
@@ -315,7 +348,7 @@ def first_line(error: BaseException) -> str:
 
 def _circumstances(device: str, command: str) -> dict[str, Any]:
     """What may matter for telling two sessions apart, and is nobody's setting."""
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", *_CODE)
     return {
         "git_commit": commit,
         "git_dirty": None if changes is None else bool(changes),
@@ -324,12 +357,26 @@ def _circumstances(device: str, command: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "platform": platform.platform(),
         "device": device,
+        "processor": processor(),
         "threads": torch.get_num_threads(),
     }
 
 
+def processor() -> str:
+    """The CPU's model, as far as the system tells."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+#: What a run's curve depends on; tables and figures of other runs do not count as changes.
+_CODE = ("bdhf", "experiments", "configs", "scripts")
+
+
 def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

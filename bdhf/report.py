@@ -7,7 +7,6 @@ nothing else: no run folder, no GPU, no network.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from bdhf.config import settings_hash
-from bdhf.record import ENDED, number, read_metrics, read_table, write_table
+from bdhf.record import ENDED, number, read_metrics, read_provenance, read_table, write_table
 
 #: What was evaluated on whole data sets when a run had ended.
 _FULL_METRICS = tuple(
@@ -71,13 +70,10 @@ def collect(results: Path, scale: str) -> tuple[int, list[str]]:
     runs: list[dict[str, Any]] = []
     left_out = []
     for folder in sorted((results / "runs" / scale).glob("*/*/")):
-        provenance_file = folder / "provenance.json"
-        if not provenance_file.exists():
-            left_out.append(f"{folder}: no provenance.json")
-            continue
-        provenance = json.loads(provenance_file.read_text())
-        if provenance["status"] not in ENDED:
-            left_out.append(f"{folder}: {provenance['status']}")
+        provenance = read_provenance(folder)
+        status = provenance.get("status", "no provenance.json")
+        if status not in ENDED:
+            left_out.append(f"{folder}: {status}")
             continue
         run = _run_row(folder, provenance)
         runs.append(run)
@@ -149,7 +145,7 @@ def _run_row(folder: Path, provenance: dict[str, Any]) -> dict[str, Any]:
 
     def all_of(key: str) -> Any:
         """A session's fact; where sessions differ, each of them."""
-        found = list(dict.fromkeys(session[key] for session in sessions))
+        found = list(dict.fromkeys(session.get(key) for session in sessions))
         return found[0] if len(found) == 1 else " ".join(map(str, found))
 
     return {
@@ -169,6 +165,7 @@ def _run_row(folder: Path, provenance: dict[str, Any]) -> dict[str, Any]:
         "end": sessions[-1]["end"],
         "sessions": len(sessions),
         "device": all_of("device"),
+        "processor": all_of("processor"),
         "threads": all_of("threads"),
         "torch": all_of("torch"),
         "git_commit": all_of("git_commit"),

@@ -23,13 +23,13 @@ from bdhf.config import (
     device_of,
     require,
 )
-from bdhf.data import Images, load
+from bdhf.data import Images, load, stand_in
 from bdhf.experiment import Experiment
 from bdhf.first_order import FirstOrder
 from bdhf.functional import RandomState
 from bdhf.machine import use_machine
-from bdhf.optimizer import BlockDiagonalHF
-from bdhf.progress import ProgressDisplay
+from bdhf.optimizer import BlockDiagonalHF, BlockStep, StepReport
+from bdhf.progress import ProgressDisplay, say
 from bdhf.record import RunFolder
 from bdhf.stopping import Stopping
 from bdhf.training import (
@@ -40,7 +40,6 @@ from bdhf.training import (
     Sizes,
     StepOptimizer,
     Training,
-    evaluate,
     polyak_average,
     stream_seed,
 )
@@ -108,8 +107,8 @@ def run(
         return elsewhere
     use_machine(config.threads)
     check_against_data(config)
+    _check_network(experiment, config)
     images = load(config.data.name, config.data.root)
-    training = _set_up(experiment, config, images)
     # From here on, after all that may be refused, something is written.
     with contextlib.ExitStack() as stack:
         if not stack.enter_context(folder.held_alone()):
@@ -118,7 +117,7 @@ def run(
             return done
         if stopping is None:
             stopping = stack.enter_context(Stopping(config.time_limit))
-        return _make(experiment, config, images, training, folder, stopping, command, shown)
+        return _make(experiment, config, images, folder, stopping, command, shown)
 
 
 def _done_before(folder: RunFolder, config: Config) -> Ended | None:
@@ -128,16 +127,22 @@ def _done_before(folder: RunFolder, config: Config) -> Ended | None:
     return Ended(folder, status, f"already, with {folder.updates_done} updates")
 
 
+def _check_network(experiment: Experiment, config: Config) -> None:
+    """Refuse a network that does not fit the data, which need not be loaded for that."""
+    experiment.network(config.network)
+    experiment.prepare(stand_in(config.data.name, _COUNTED_ROWS), config.network)
+
+
 def _make(
     experiment: Experiment,
     config: Config,
     images: Images,
-    training: Training,
     folder: RunFolder,
     stopping: Stopping,
     command: str,
     shown: bool,
 ) -> Ended:
+    training = _set_up(experiment, config, images)
     folder.begin(config, _facts(config, images, training), command)
     with folder.failures_recorded():
         while True:
@@ -147,12 +152,11 @@ def _make(
                 break
             # Out of memory. A smaller piece gives the same gradient and products, to rounding.
             config = dataclasses.replace(config, micro_batch=_smaller_piece(config))
-            print(
+            say(
                 f"{folder.path}: out of GPU memory; goes on from its last checkpoint with "
-                f"micro_batch={config.micro_batch}, with equal results",
-                flush=True,
+                f"micro_batch={config.micro_batch}, with equal results"
             )
-            del training
+            del training  # the only reference to what fills the memory
             gc.collect()
             torch.cuda.empty_cache()
             training = _set_up(experiment, config, images)
@@ -234,6 +238,8 @@ def _restore(folder: RunFolder, training: Training) -> None:
     if training.averaged is not None:
         training.averaged.load_state_dict(checkpoint["averaged"])
     training.progress = Progress(**checkpoint["progress"])
+    training.progress.evaluated = folder.last_row
+    training.optimizer.last_step = _report(checkpoint["last_step"])
     torch.set_rng_state(checkpoint["random_state"])
     if checkpoint["cuda_random_state"] is not None and torch.cuda.is_available():
         device = next(training.problem.model.parameters()).device
@@ -242,13 +248,22 @@ def _restore(folder: RunFolder, training: Training) -> None:
         folder.drop_rows_off_the_grid(training.sizes.evaluate_every)
 
 
+def _report(saved: dict[str, Any] | None) -> StepReport | None:
+    """What the last update did, for a row of metrics that is yet to be made."""
+    if saved is None:
+        return None
+    return StepReport(**{**saved, "blocks": [BlockStep(**block) for block in saved["blocks"]]})
+
+
 def _checkpoint(training: Training) -> dict[str, Any]:
     random_state = RandomState.capture(list(training.problem.model.parameters()))
+    report = training.optimizer.last_step
     return {
         "model": training.problem.model.state_dict(),
         "optimizer": training.optimizer.state_dict(),
         "averaged": None if training.averaged is None else training.averaged.state_dict(),
         "progress": asdict(training.progress),
+        "last_step": None if report is None else asdict(report),
         "random_state": random_state.cpu,
         "cuda_random_state": random_state.of_device,
     }
@@ -310,9 +325,9 @@ def _close(folder: RunFolder, training: Training, outcome: Outcome, config: Conf
     if outcome.status == "finished":
         problem = training.problem
         for name, data in (("train", problem.train), ("test", problem.test)):
-            loss, accuracy = evaluate(problem, problem.model, data)
+            loss, accuracy = training.evaluate(problem.model, data)
             facts |= {f"full_{name}_loss": loss, f"full_{name}_accuracy": accuracy}
         if training.averaged is not None:
-            loss, accuracy = evaluate(problem, training.averaged, problem.test)
+            loss, accuracy = training.evaluate(training.averaged, problem.test)
             facts |= {"full_averaged_test_loss": loss, "full_averaged_test_accuracy": accuracy}
     folder.end(outcome.status, outcome.reason, training.progress.update, **facts)

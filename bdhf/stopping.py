@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,15 +23,16 @@ _GLANCE = 0.5
 class Stopping:
     """Asked before every update, it says whether to stop, and why.
 
-    As a context manager it catches SIGINT and SIGTERM, so that training can stop after the
-    current update; a second SIGINT interrupts at once.
+    As a context manager it catches signals, so that training can stop after the current update; a
+    second SIGINT interrupts at once.
 
     Args:
         time_limit: seconds after ``started`` when it is time to stop; None: no limit.
         started: in seconds since the epoch, so that it means the same to all processes.
-        file: where there is such a file, one stops; a signal that is caught makes it. So a signal
-            to one process of a sweep stops all of them.
-        parent: the process that started this one; when it is gone, one stops too.
+        file: where there is such a file, one stops; SIGINT and SIGTERM make it. So a signal to one
+            process of a sweep stops all of them.
+        parent: the process that should have started this one; when it is gone, one stops too.
+        signals: which are caught.
     """
 
     def __init__(
@@ -39,27 +41,38 @@ class Stopping:
         started: float = PROCESS_START,
         file: Path | None = None,
         parent: int | None = None,
+        signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
     ) -> None:
         self._limit, self._started, self._file, self._parent = time_limit, started, file, parent
+        self._signals = tuple(signals)
         self._outcome: Outcome | None = None
         self._last_look = -_GLANCE
         self._previous: dict[int, Any] = {}
+        self._caught: int | None = None
 
     def __enter__(self) -> Stopping:
         if threading.current_thread() is threading.main_thread():  # only there it is allowed
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._caught)
+            for number in self._signals:
+                self._previous[number] = signal.signal(number, self._catch)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _caught(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._outcome is not None:
+    def pass_on(self) -> None:
+        """Give the signal that was caught, if any, to whoever was to get it before."""
+        if self._caught is not None:
+            handler = self._previous[self._caught]
+            if callable(handler):
+                handler(self._caught, None)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._caught == number:
             raise KeyboardInterrupt
+        self._caught = number
         self._outcome = _by_signal(number)
-        if self._file is not None:
+        if self._file is not None and number in (signal.SIGINT, signal.SIGTERM):
             self._file.write_text(str(number))
 
     def __call__(self) -> Outcome | None:
@@ -69,7 +82,7 @@ class Stopping:
 
     @property
     def orphaned(self) -> bool:
-        """Whether the process that started this one is gone."""
+        """Whether the process that should have started this one is gone."""
         return self._parent is not None and os.getppid() != self._parent
 
     def _look_around(self) -> Outcome | None:

@@ -23,7 +23,7 @@ from bdhf.data import Data
 from bdhf.optimizer import StepReport
 from bdhf.work import Work
 
-#: Rows evaluated at once: enough to keep a GPU busy, few enough for any memory.
+#: Rows evaluated at once at most: enough to keep a GPU busy, few enough for any memory.
 _EVALUATION_ROWS = 2000
 
 #: A training loss above this many times the initial one counts as divergence.
@@ -148,21 +148,21 @@ class Training:
         """
         progress, sizes = self.progress, self.sizes
         if progress.evaluated < 0:  # not continued, but new
-            self._evaluate(on_row)
+            self._add_row(on_row)
         while progress.update < sizes.updates and not progress.divergence:
             if (outcome := stop()) is not None:
                 return outcome
             self._update()
             if progress.update % sizes.evaluate_every == 0 or progress.update == sizes.updates:
-                self._evaluate(on_row)
+                self._add_row(on_row)
             on_update()
         if progress.evaluated < progress.update:
-            self._evaluate(on_row)
+            self._add_row(on_row)
         if progress.divergence:
             return Outcome("diverged", progress.divergence)
         return Outcome("finished", f"{progress.update} updates")
 
-    def _evaluate(self, on_row: Callable[[Row], None]) -> None:
+    def _add_row(self, on_row: Callable[[Row], None]) -> None:
         row = self.metrics()
         if self.progress.evaluated < 0:
             self.progress.initial_loss = float(row["train_loss"] or 0.0)
@@ -170,25 +170,30 @@ class Training:
         self.progress.divergence = self._divergence(row) or ""
         on_row(row)
 
+    def evaluate(self, model: nn.Module, data: Data) -> tuple[float, float | None]:
+        """Loss and accuracy, in pieces no larger than those of training."""
+        rows = min(_EVALUATION_ROWS, self.sizes.micro_batch or _EVALUATION_ROWS)
+        return evaluate(self.problem, model, data, rows)
+
     def metrics(self) -> Row:
         """One row of metrics at the current weights; the README says what each one means."""
         progress, problem = self.progress, self.problem
         report = self.optimizer.last_step
         test = self._subset(problem.test)
-        test_loss, test_accuracy = evaluate(problem, problem.model, test)
+        test_loss, test_accuracy = self.evaluate(problem.model, test)
         row: Row = {
             "update": progress.update,
             "epoch": progress.update * self.sizes.batch_size / len(problem.train[0]),
             "seconds": progress.seconds,
             "gradient_equivalents": progress.gradient_equivalents / len(problem.train[0]),
-            "train_loss": evaluate(problem, problem.model, self._subset(problem.train))[0],
+            "train_loss": self.evaluate(problem.model, self._subset(problem.train))[0],
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
             "gradient_norm": None if report is None else float(report.gradient_norm),
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
         }
         if self.averaged is not None:
-            loss, accuracy = evaluate(problem, self.averaged, test)
+            loss, accuracy = self.evaluate(self.averaged, test)
             row |= {"averaged_test_loss": loss, "averaged_test_accuracy": accuracy}
         for k in range(len(self.work.products)):
             solved = report is not None and k < len(report.blocks)
@@ -248,16 +253,18 @@ class Training:
 
 
 @torch.no_grad()
-def evaluate(problem: Problem, model: nn.Module, data: Data) -> tuple[float, float | None]:
+def evaluate(
+    problem: Problem, model: nn.Module, data: Data, rows: int
+) -> tuple[float, float | None]:
     """The loss over all of ``data``, and the share of hits (None where there is no accuracy).
 
-    ``model`` is the problem's, or one that averages its weights.
+    ``model`` is the problem's, or one that averages its weights; ``rows`` are evaluated at once.
     """
     was_training = model.training
     model.eval()
     loss = torch.zeros((), device=data[0].device)
     hits = torch.zeros((), device=data[0].device)
-    for weight, (inputs, targets) in pieces(model, problem.criterion, data, _EVALUATION_ROWS):
+    for weight, (inputs, targets) in pieces(model, problem.criterion, data, rows):
         outputs = model(inputs)
         loss += weight * problem.criterion(outputs, targets)
         if problem.accuracy is not None:

@@ -31,15 +31,22 @@ def main() -> None:
                 print(line)
     except ArchiveError as error:
         sys.exit(f"error: {error}")
-    count, left_out = collect(arguments.results, arguments.scale)
+    if not merge(arguments.results, arguments.scale):
+        sys.exit(f"error: no finished run under {arguments.results / 'runs' / arguments.scale}")
+
+
+def merge(results: Path, scale: str) -> bool:
+    """Merge what there is and say so; whether there is a table now."""
+    count, left_out = collect(results, scale)
     for line in left_out:
         print(f"left out: {line}")
-    table = arguments.results / arguments.scale / "curves.csv"
-    if not count and not table.exists():
-        sys.exit(f"error: no finished run under {arguments.results / 'runs' / arguments.scale}")
+    table = results / scale / "curves.csv"
+    if not table.exists():
+        return False
     print(f"{table}: {count} runs added or renewed")
-    for line in mixtures(arguments.results, arguments.scale):
+    for line in mixtures(results, scale):
         print(f"warning: {line}")
+    return True
 
 
 if __name__ == "__main__":

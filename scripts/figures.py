@@ -16,10 +16,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), help="the results folder")
     arguments = parser.parse_args()
     try:
-        paths = draw_figures(arguments.results, arguments.scale)
+        draw(arguments.results, arguments.scale)
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
-    for path in paths:
+
+
+def draw(results: Path, scale: str) -> None:
+    """Draw the figures and name their files."""
+    for path in draw_figures(results, scale):
         print(path)
 
 

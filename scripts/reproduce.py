@@ -1,4 +1,4 @@
-"""Make every run of some experiments, in one sweep.
+"""Make every run of some experiments in one sweep, then the table and the figures.
 
 python scripts/reproduce.py all scale=demo
 python scripts/reproduce.py lstm resnet scale=laptop seed=0,1
@@ -12,6 +12,10 @@ from __future__ import annotations
 
 import shlex
 import sys
+from pathlib import Path
+
+from collect import merge
+from figures import draw
 
 from bdhf.experiment import experiment_names
 from bdhf.sweep import plan, sweep
@@ -32,7 +36,13 @@ def main() -> int:
     overrides.insert(0, f"experiment={','.join(names)}")
     if "--plan" in sys.argv:
         return plan(overrides)
-    return sweep(overrides, shlex.join(sys.argv))
+    return sweep(overrides, shlex.join(sys.argv), afterwards=collect_and_draw)
+
+
+def collect_and_draw(results: Path, scale: str) -> None:
+    """What `make collect figures` does, once there is something."""
+    if merge(results, scale):
+        draw(results, scale)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def test_raw_and_averaged_accuracy_are_logged_for_all_optimizers(
     assert EXPERIMENT.average_weights
     values = tiny("resnet", optimizer)
     values.results = str(tmp_path)
-    rows = read_metrics(run(EXPERIMENT, values).path)
+    rows = read_metrics(run(EXPERIMENT, values).folder.path)
     raw, averaged = ([row[key] for row in rows] for key in ("test_loss", "averaged_test_loss"))
     assert raw[0] == averaged[0]  # nothing to average yet
     assert raw[-1] != averaged[-1]

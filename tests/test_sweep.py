@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
+import gc
+import gzip
 import io
 import itertools
 import json
@@ -9,6 +13,8 @@ import os
 import subprocess
 import sys
 import tarfile
+import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -251,12 +257,90 @@ def test_two_processes_that_meet_at_a_run(tmp_path: Path) -> None:
 
 
 def test_looking_whether_a_run_is_held_keeps_nobody_out(tmp_path: Path) -> None:
+    """Nor do two who look see each other."""
     folder = RunFolder(tiny("autoencoder", "bdhf", f"results={tmp_path}"))
     with folder.held_alone() as free:
         assert free and folder.held()
-    assert not folder.held()
-    with folder.held_alone() as free:
-        assert free
+    with folder._lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as one who looks
+        assert not folder.held()
+        threading.Timer(0.1, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
+        with folder.held_alone() as free:
+            assert free
+
+
+def test_run_of_another_process_is_waited_for_and_taken_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A worker whose sweep was killed, say: it stops after its update, and the run is free."""
+    folder = RunFolder(tiny("autoencoder", "bdhf", f"results={tmp_path}"))
+    folder._lock.parent.mkdir(parents=True)
+    command = [sys.executable, "-c", HOLD, str(folder._lock)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        threading.Timer(3, holder.kill).start()
+        assert sweep([*SMALL, f"results={tmp_path}"], "") == 0
+    out = capsys.readouterr().out
+    assert "waiting for 1 runs that another process is at work on\n" in out
+    assert out.endswith("2 runs: 2 finished\n")
+
+
+def in_child(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+ORDERS = """
+import os, signal
+from pathlib import Path
+from bdhf.sweep.launching import Orders
+def orders(jobs, process):
+    return Orders("", 0.0, None, Path({folder!r}) / "stop", process, False, jobs)
+"""
+
+
+def test_signal_to_one_process_stops_all_but_jobs_of_a_cluster(tmp_path: Path) -> None:
+    """The cluster's SIGTERM is submitit's; before time is over a job stops, and is queued again."""
+    head = ORDERS.format(folder=str(tmp_path))
+    local = in_child(
+        head + "with orders(False, os.getpid()).stopping() as stopping:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    print(stopping().reason)"
+    )
+    assert local.stdout == "signal SIGTERM\n", local.stderr
+    assert (tmp_path / "stop").read_text() == "15"
+    (tmp_path / "stop").unlink()
+    job = in_child(
+        head + "for n in (signal.SIGTERM, signal.SIGUSR2):\n"
+        "    signal.signal(n, lambda number, frame: print('submitit', number.__int__()))\n"
+        "with orders(True, 1).stopping() as stopping:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    print(stopping())\n"
+        "    os.kill(os.getpid(), signal.SIGUSR2)\n    print(stopping().reason)\n"
+        "stopping.pass_on()"
+    )
+    assert job.stdout == "submitit 15\nNone\nsignal SIGUSR2\nsubmitit 12\n", job.stderr
+    assert not (tmp_path / "stop").exists()
+
+
+def test_worker_whose_sweep_is_gone_stops(tmp_path: Path) -> None:
+    """Also where it was gone before the worker came to its first run."""
+    child = in_child(
+        ORDERS.format(folder=str(tmp_path)) + "print(orders(False, 999999).stopping()().reason)"
+    )
+    assert child.stdout == "the sweep's process is gone\n", child.stderr
+
+
+def test_closed_pipe_does_not_end_the_work(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parent.parent / "scripts" / "reproduce.py"
+    arguments = ["autoencoder", *TINY_HF, "optimizer=hf,bdhf", f"results={tmp_path}"]
+    command = [sys.executable, str(script), *arguments, "seed=0,1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+    assert len(all_metrics(tmp_path)) == 4
+    assert {json.loads(p.read_text())["status"] for p in tmp_path.rglob("provenance.json")} == {
+        "finished"
+    }
 
 
 def orders(tmp_path: Path) -> Orders:
@@ -354,7 +438,13 @@ def test_out_of_gpu_memory_goes_on_in_smaller_pieces(
     original = BlockDiagonalHF.step
     tried: list[int | None] = []
 
+    seen: list[weakref.ref[BlockDiagonalHF]] = []
+
     def small_card(self: BlockDiagonalHF, *arguments: Any, **keywords: Any) -> Any:
+        if not any(known() is self for known in seen):
+            gc.collect()
+            assert not any(known() for known in seen)  # what filled the card is gone
+            seen.append(weakref.ref(self))
         tried.append(keywords["micro_batch"])
         if len(tried) > 2 and (tried[-1] or 60) > 15:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -369,7 +459,7 @@ def test_out_of_gpu_memory_goes_on_in_smaller_pieces(
     assert [row["update"] for row in rows] == [row["update"] for row in expected]
     for row, other in zip(rows, expected, strict=True):
         assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
-    assert ended.folder.provenance["micro_batch"] == 15
+    assert ended.folder.provenance["micro_batch"] == 15 and len(seen) == 3
 
 
 def test_out_of_memory_for_good_is_a_failure(
@@ -416,9 +506,13 @@ def test_older_checkpoint_serves_where_the_newer_is_cut_short(
     newer, older = (folder.path / f"checkpoint{part}.pt" for part in ("", ".older"))
     reached = [torch.load(p, weights_only=True)["progress"]["update"] for p in (newer, older)]
     assert reached == [3, 2]
+    whole = newer.read_bytes()
     newer.write_bytes(newer.read_bytes()[: newer.stat().st_size // 2])
     (folder.path / ".writing-checkpoint.pt-left").write_bytes(b"half")
     values.results = str(tmp_path / "cut")
+    RunFolder(values).load_checkpoint()
+    assert not newer.exists()  # or the next checkpoint would be put in the good one's place
+    newer.write_bytes(whole[:1000])
     ended = run(EXPERIMENTS["autoencoder"], values)
     assert f"{newer} cannot be read" in (out := capsys.readouterr().out)
     assert "the older checkpoint serves, of update 2" in out
@@ -448,6 +542,52 @@ def test_two_damaged_checkpoints_are_named(tmp_path: Path, monkeypatch: pytest.M
     values = tiny("autoencoder", "bdhf", "updates=6", f"results={tmp_path}")
     with pytest.raises(RuntimeError, match=r"checkpoint.pt cannot be read .*older.*delete"):
         run(EXPERIMENTS["autoencoder"], values)
+
+
+def test_metrics_end_with_the_run_after_a_smaller_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five updates, then killed on the way to eight, then five again: the row of five is there."""
+    values = tiny("autoencoder", "bdhf", "updates=5", f"results={tmp_path}")
+    expected = without_clocks(read_metrics(run(EXPERIMENTS["autoencoder"], values).folder.path))
+    assert [row["update"] for row in expected] == [0, 2, 4, 5]
+    original = Training._update
+
+    def killed(training: Training) -> None:
+        if training.progress.update == 7:
+            raise Killed
+        original(training)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_update", killed)
+        with pytest.raises(Killed):
+            run(EXPERIMENTS["autoencoder"], dataclasses.replace(values, updates=8))
+    assert [row["update"] for row in read_metrics(RunFolder(values).path)] == [0, 2, 4, 6]
+    ended = run(EXPERIMENTS["autoencoder"], values)
+    assert without_clocks(read_metrics(ended.folder.path)) == expected
+
+
+def test_metrics_that_are_gone_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = killed_run(tmp_path, monkeypatch)
+    (folder.path / "metrics.csv").unlink()
+    values = tiny("autoencoder", "bdhf", "updates=6", f"results={tmp_path}")
+    with pytest.raises(RuntimeError, match=r"metrics.csv is gone or empty.*delete the checkpoint"):
+        run(EXPERIMENTS["autoencoder"], values)
+
+
+def test_damaged_provenance_fails_its_run_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep([*SMALL, f"results={tmp_path}"], "") == 0
+    (path,) = tmp_path.glob("runs/*/*/hf-*/provenance.json")
+    path.write_text("")
+    before = all_metrics(tmp_path)
+    _, left_out = collect(tmp_path, "demo")
+    assert len(left_out) == 1 and left_out[0].endswith(": failed")
+    assert plan([*SMALL, f"results={tmp_path}"]) == 0
+    assert "2 runs: 1 finished, 1 failed" in capsys.readouterr().out
+    assert sweep([*SMALL, f"results={tmp_path}"], "") == 0  # from its checkpoint
+    assert all_metrics(tmp_path) == before
 
 
 def test_full_disk_fails_the_run_and_room_lets_it_go_on(
@@ -543,9 +683,11 @@ def test_trial_estimates_work_and_disk(tmp_path: Path) -> None:
     )
     few, many = Estimate(small), Estimate(large)
     assert 0 < few.total() < many.total()
+    (state,) = small
     now, later = few.disk()
-    parameters = 2 * (64 * 12 + 12 * 6) + (12 + 6) + (12 + 64)
-    assert now == 0 and later == 4 * 2 * 4 * parameters  # four of weights and warm start
+    ended = run(EXPERIMENTS["autoencoder"], dataclasses.replace(state.run.config, updates=1))
+    checkpoint = (ended.folder.path / "checkpoint.pt").stat().st_size
+    assert now == 0 and later > 3 * checkpoint * 0.3  # so small a network's is mostly its frame
     assert "free" in disk_in_words(few, tmp_path) and "NOT" not in disk_in_words(few, tmp_path)
 
 
@@ -575,7 +717,11 @@ def test_paper_scale_without_a_gpu_says_how_long_and_goes_on(
     arguments = ["experiment=autoencoder", "scale=paper", "seed=0", f"results={tmp_path}"]
     assert sweep([*arguments, "time_limit=0.001"], "") == 0
     out = capsys.readouterr().out
-    assert "on this machine it takes about" in out and "SCALE=laptop" in out and "Going on" in out
+    assert (
+        "On this machine's CPU it takes about" in out
+        and "SCALE=laptop" in out
+        and "Going on" in out
+    )
 
 
 # From other machines
@@ -610,6 +756,8 @@ def test_archive_of_another_machine_is_collected_and_continued(
 def test_run_that_went_further_replaces_the_one_here(tmp_path: Path) -> None:
     for name, updates in (("here", 4), ("there", 6)):
         assert sweep([*SMALL, f"results={tmp_path / name}", f"updates={updates}"], "") == 0
+    for file in (tmp_path / "there").rglob("provenance.json"):  # further, if not finished
+        file.write_text(file.read_text().replace('"finished"', '"stopped"'))
     lines = bring_in(tmp_path / "there", tmp_path / "here")
     assert all(line.endswith("brought in, 6 updates") for line in lines)
     assert all_metrics(tmp_path / "here") == all_metrics(tmp_path / "there")
@@ -623,10 +771,12 @@ def test_archives_that_are_none_are_refused(tmp_path: Path) -> None:
         pass
     with tarfile.open(tmp_path / "climbing.tar", "w") as tar:
         tar.add(tmp_path / "text", "../outside")
+    (tmp_path / "cut.tar.gz").write_bytes(gzip.compress(os.urandom(5000))[:3000])
     for name, message in (
         ("text", "cannot be read as a tar archive"),
         ("missing.tar", "cannot be read as a tar archive"),
         ("empty.tar", "no run in it; expected <scale>/<experiment>/<run>/provenance.json"),
+        ("cut.tar.gz", "cannot be read as a tar archive"),
         ("climbing.tar", "cannot be read as a tar archive"),
     ):
         with pytest.raises(ArchiveError, match=rf"{name}: {message}"):

@@ -81,18 +81,17 @@ def expected_early(expected: dict[str, list[Row]]) -> dict[str, list[Row]]:
     return {name: rows[:count] for name, rows in expected.items()}
 
 
-def workers(process: subprocess.Popen[str]) -> list[int]:
+def a_worker(process: subprocess.Popen[str]) -> int:
     listed = subprocess.run(
         ["pgrep", "-P", str(process.pid), "-f", "LokyProcess"], capture_output=True, text=True
     )
-    return [int(pid) for pid in listed.stdout.split()]
+    return int(listed.stdout.split()[0])
 
 
 def kill(process: subprocess.Popen[str], how: str) -> None:
     with contextlib.suppress(ProcessLookupError):  # it may have come to its end
         if how == "worker, SIGKILL":
-            for pid in workers(process)[:1]:
-                os.kill(pid, signal.SIGKILL)
+            os.kill(a_worker(process), signal.SIGKILL)
         elif how == "sweep, SIGKILL":
             os.kill(process.pid, signal.SIGKILL)
         elif how == "sweep, SIGTERM":
@@ -115,7 +114,7 @@ def test_random_kills(tmp_path: Path, expected: dict[str, list[Row]]) -> None:
         time.sleep(chance.uniform(0, 1))
         how = WAYS[number % len(WAYS)]
         kill(process, how)
-        if how == "worker, SIGKILL":  # survived by the sweep, which is to be killed all the same
+        if how == "worker, SIGKILL":  # which the sweep survives, but here it is to be killed
             time.sleep(1)
             kill(process, "all, SIGKILL")
         output = finish(process)
@@ -134,6 +133,31 @@ def test_random_kills(tmp_path: Path, expected: dict[str, list[Row]]) -> None:
     assert finish(start(tmp_path, updates=UPDATES)) == "12 runs: 12 finished\n"
     names = {file.name for file in tmp_path.glob("runs/*/*/*/*")}
     assert names == {"config.yaml", "metrics.csv", "provenance.json", "checkpoint.pt"}
+
+
+def test_sweep_survives_the_death_of_a_worker(
+    tmp_path: Path, expected_early: dict[str, list[Row]]
+) -> None:
+    process = start(tmp_path, *TWO_AT_ONCE)
+    assert process.stdout is not None
+    assert any(" update 10/" in line for line in process.stdout)
+    kill(process, "worker, SIGKILL")
+    assert "12 runs: 12 finished" in finish(process)
+    assert process.returncode == 0 and metrics(tmp_path) == expected_early
+
+
+def test_repeated_at_once_after_the_death_of_the_sweep(
+    tmp_path: Path, expected_early: dict[str, list[Row]]
+) -> None:
+    """Its workers are still there, and stop after their update; their runs are taken over."""
+    process = start(tmp_path, *TWO_AT_ONCE)
+    assert process.stdout is not None
+    assert any(" update 10/" in line for line in process.stdout)
+    kill(process, "sweep, SIGKILL")
+    again = start(tmp_path)
+    assert "12 runs: 12 finished" in finish(again)
+    assert again.returncode == 0 and metrics(tmp_path) == expected_early
+    finish(process)
 
 
 def cut_short_newest_checkpoint(results: Path) -> Path:

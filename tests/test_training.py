@@ -91,8 +91,7 @@ def linear_problem(rows: int = 50, accuracy: Any = None) -> Problem:
 
 def test_evaluation_in_pieces_is_evaluation_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = linear_problem(accuracy=lambda o, t: o.argmax(1) == t)
-    monkeypatch.setattr("bdhf.training._EVALUATION_ROWS", 7)
-    loss, accuracy = evaluate(problem, problem.model, problem.train)
+    loss, accuracy = evaluate(problem, problem.model, problem.train, rows=7)
     outputs = problem.model(problem.train[0])
     expected = nn.functional.cross_entropy(outputs, problem.train[1])
     assert loss == pytest.approx(expected.item(), rel=1e-5)
@@ -106,7 +105,7 @@ def test_evaluation_leaves_mode_gradients_and_statistics_alone() -> None:
     problem = Problem(model, problem.criterion, problem.train, problem.test)
     model.train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    evaluate(problem, model, problem.train)
+    evaluate(problem, model, problem.train, rows=7)
     assert model.training and model[1].weight.grad is None
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 

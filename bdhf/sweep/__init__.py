@@ -6,13 +6,14 @@ again. So repeating a sweep's command is how it is resumed.
 grid.py       from a command line to runs
 state.py      where they stand
 estimate.py   how long the rest takes
-launch.py     having them made
+launching.py  having them made
 display.py    tables of all that
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
@@ -33,6 +34,7 @@ from bdhf.sweep.estimate import Estimate, duration
 from bdhf.sweep.grid import CONFIG_NAME, Grid, expand
 from bdhf.sweep.launching import Orders, launch
 from bdhf.sweep.state import State, in_words, look
+from bdhf.training import Outcome
 
 __all__ = ["plan", "sweep"]
 
@@ -40,19 +42,33 @@ __all__ = ["plan", "sweep"]
 _NAMED = 20
 
 
-def sweep(arguments: Sequence[str], command: str) -> int:
+def sweep(
+    arguments: Sequence[str],
+    command: str,
+    afterwards: Callable[[Path, str], None] | None = None,
+) -> int:
     """Make the runs that ``key=value,value`` arguments ask for; the exit code of the process.
 
     Args:
         arguments: Hydra overrides, as after ``--multirun``.
         command: what the user typed, for the runs' provenance.
+        afterwards: called at the end with the results folder and each scale of the runs, unless a
+            signal came.
 
     Returns:
         0, also where runs diverged, are made by another process or are left by ``time_limit``;
         1 where a run failed or was refused; 128 + n after signal n.
     """
     started = time.time()
-    return _expanded(arguments, lambda grid: _make(grid, command, started, make_console()))
+
+    def use(grid: Grid) -> int:
+        exit_code = _make(grid, command, started, make_console())
+        if afterwards is not None and exit_code < 128:
+            for results, scale in sorted({(r.config.results, r.config.scale) for r in grid.runs}):
+                afterwards(Path(results), scale)
+        return exit_code
+
+    return _expanded(arguments, use)
 
 
 def plan(arguments: Sequence[str]) -> int:
@@ -86,7 +102,7 @@ def _show_plan(grid: Grid, console: Console) -> int:
     if not grid.runs:
         return 0
     states = [look(run) for run in grid.runs]
-    jobs = _jobs(grid)
+    jobs = _at_once(_launcher_config(grid))
     estimate = Estimate(states, jobs)
     console.print(plan_table(states, estimate))
     console.print(in_words(states))
@@ -103,19 +119,28 @@ def _make(grid: Grid, command: str, started: float, console: Console) -> int:
     exit_code = 0
     if left:
         console.print(in_words(states))
-        _warn_of_days(states, _jobs(grid), console)
+        launcher = _launcher_config(grid)
+        jobs = "submitit" in launcher._target_
+        if not jobs:
+            _warn_of_days(states, _at_once(launcher), console)
         folder = Path(left[0].config.results) / "runs" / ".sweep"
         folder.mkdir(parents=True, exist_ok=True)
         stop_file = folder / f"stop-{os.getpid()}-{started:.0f}"
         limit, process = left[0].config.time_limit, os.getpid()
         shown = not console.is_terminal
-        orders = Orders(command, started, limit, stop_file, process, shown)
-        with orders.stopping() as stopping, LiveTable(grid.runs, console, _jobs(grid)):
-            failed = launch(replace(grid, runs=left), orders, stopping)
-        if (outcome := stopping()) is not None:
+        orders = Orders(command, started, limit, stop_file, process, shown, jobs)
+        try:
+            with orders.stopping() as stopping, LiveTable(grid.runs, console, _at_once(launcher)):
+                failed = launch(replace(grid, runs=left), orders, stopping, console.print)
+            # A new one, since the other may have looked at the file a moment too early.
+            outcome = stopping() or orders.stopping()()
+        except KeyboardInterrupt:  # the second Ctrl-C; jobs that still wait are to find the file
+            outcome = Outcome("stopped", "interrupted", 128 + signal.SIGINT)
+        else:
+            stop_file.unlink(missing_ok=True)
+        if outcome is not None:
             console.print(f"stopped, {outcome.reason}")
             exit_code = outcome.exit_code
-        stop_file.unlink(missing_ok=True)
     states = [look(run) for run in grid.runs]
     _conclude(states, failed, console)
     return exit_code or int(bool(failed) or any(s.standing == "failed" for s in states))
@@ -143,20 +168,22 @@ def _conclude(states: Sequence[State], failed: dict[Path, str], console: Console
 
 
 def _warn_of_days(states: Sequence[State], jobs: int, console: Console) -> None:
-    """At paper scale without a GPU."""
+    """At paper scale on a CPU."""
     config = states[0].run.config
     if config.scale == "paper" and device_of(config).type == "cpu":
         time_left = duration(Estimate(states, jobs).total())
         console.print(
-            f"scale=paper is for a GPU, and there is none: on this machine it takes about "
-            f"{time_left}. make reproduce-all SCALE=laptop (scale=laptop) is the comparison for "
-            "a CPU. Going on."
+            f"scale=paper is for a GPU. On this machine's CPU it takes about {time_left}. make "
+            "reproduce-all SCALE=laptop (scale=laptop) is the comparison for a CPU. Going on."
         )
 
 
-def _jobs(grid: Grid) -> int:
-    """How many runs the launcher makes at once."""
+def _launcher_config(grid: Grid) -> DictConfig:
     overrides = [*grid.hydra, *grid.runs[0].overrides]
-    launcher = compose(CONFIG_NAME, overrides, return_hydra_config=True).hydra.launcher
+    return compose(CONFIG_NAME, overrides, return_hydra_config=True).hydra.launcher
+
+
+def _at_once(launcher: DictConfig) -> int:
+    """How many runs the launcher makes at once."""
     count = OmegaConf.select(launcher, "n_jobs") or OmegaConf.select(launcher, "array_parallelism")
     return (os.cpu_count() or 1) if count == -1 else int(count or 1)

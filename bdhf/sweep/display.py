@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from bdhf.progress import described
+from bdhf.progress import LastingConsole, described
 from bdhf.runner import title
 from bdhf.sweep.estimate import Estimate, duration
 from bdhf.sweep.grid import GridRun
@@ -21,14 +21,14 @@ from bdhf.sweep.state import STANDINGS, State, counted, in_words, look
 #: Columns where the output is no terminal, so that paths stay on one line.
 _WIDE = 160
 
-#: Seconds between two looks at the run folders.
-_REFRESH = 1.0
+#: Seconds between two looks at the run folders: they cost a run in the same process some time.
+_REFRESH = 5.0
 
 
 def make_console() -> Console:
     """Standard output, wide where it is a file."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_WIDE)
+    console = LastingConsole(highlight=False)
+    return console if console.is_terminal else LastingConsole(highlight=False, width=_WIDE)
 
 
 def plan_table(states: Sequence[State], estimate: Estimate) -> Table:

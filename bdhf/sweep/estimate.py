@@ -14,6 +14,7 @@ from bdhf.data import stand_in
 from bdhf.experiment import find_experiment
 from bdhf.gradient import loss_and_gradient
 from bdhf.machine import use_machine
+from bdhf.record import processor
 from bdhf.runner import make_optimizer
 from bdhf.sweep.state import State
 from bdhf.work import Work, count_work
@@ -116,15 +117,16 @@ def _cell(config: Config) -> str:
 
 
 def _seconds_an_update(states: Iterable[State]) -> dict[str, float]:
-    """By cell, from the runs that were made on a device as this one is."""
+    """By cell, from the runs that were made on a machine like this one."""
     found: dict[str, list[float]] = {}
     for state in states:
         if state.row is None or not state.updates:
             continue
-        sessions = state.folder.provenance["sessions"]
+        sessions = state.folder.provenance.get("sessions", [])
         device = device_of(state.run.config)
         here = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-        if {session["device"] for session in sessions} != {here}:
+        machines = {(session["device"], session.get("processor")) for session in sessions}
+        if machines != {(here, processor())}:
             continue
         seconds = float(state.row["seconds"] or 0.0) * _BESIDES
         if state.standing == "finished" and len(sessions) == 1:

@@ -66,7 +66,7 @@ def expand(arguments: Sequence[str]) -> Grid:
     hydra = [str(o.input_line) for o in given if o.is_hydra_override()]
     runs: dict[Path, GridRun] = {}
     refused: dict[str, int] = {}
-    for points in _points(axes, parser):
+    for points in _points(axes, parser, refused):
         for run in _runs(points, refused):
             # Two cells may be one run, where sizes are given on the command line.
             path = run.folder().path
@@ -77,12 +77,16 @@ def expand(arguments: Sequence[str]) -> Grid:
 
 
 def _points(
-    axes: dict[str, list[str]], parser: OverridesParser
+    axes: dict[str, list[str]], parser: OverridesParser, refused: dict[str, int]
 ) -> Iterator[tuple[tuple[str, ...], list[str]]]:
     """Overrides without their seed, and the seeds to take with them."""
     outer = ("experiment", "scale")  # what the defaults of the others hang on
     for chosen in itertools.product(*(axes[key] for key in outer if key in axes)):
-        composed = compose(CONFIG_NAME, list(chosen), return_hydra_config=True)
+        try:
+            composed = compose(CONFIG_NAME, list(chosen), return_hydra_config=True)
+        except HydraException as error:
+            refused[str(error)] = refused.get(str(error), 0) + 1
+            continue
         defaults = [f"{key}={value}" for key, value in composed.hydra.sweeper.params.items()]
         inner = {o.get_key_element(): _choices(o) for o in parser.parse_overrides(defaults)}
         inner |= {key: values for key, values in axes.items() if key not in outer}
@@ -98,8 +102,9 @@ def _runs(point: tuple[tuple[str, ...], list[str]], refused: dict[str, int]) -> 
         mine = (*overrides, seed)
         number = seed.partition("=")[2]
         try:
-            # Composing takes a twentieth of a second, and nothing else depends on the seed.
-            if config is not None and number.isdecimal():
+            # Composing takes a twentieth of a second, and nothing else depends on the seed,
+            # unless somebody says ${seed}.
+            if config is not None and number.isdecimal() and "$" not in "".join(overrides):
                 config = dataclasses.replace(config, seed=int(number))
             else:
                 config = checked(compose(CONFIG_NAME, list(mine)))

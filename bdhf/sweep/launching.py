@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,14 @@ from omegaconf import DictConfig
 from bdhf.config import ConfigError, checked
 from bdhf.data import DataError
 from bdhf.experiment import EXPERIMENTS, find_experiment
+from bdhf.progress import say
 from bdhf.record import first_line
 from bdhf.runner import run as make_run
 from bdhf.stopping import Stopping
 from bdhf.sweep.grid import CONFIG_NAME, Grid, GridRun
+
+#: Seconds between two looks at runs that other processes are at work on.
+_PAUSE = 1.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Orders:
         stop_file: where there is such a file, the sweep is to stop.
         process: the sweep's own.
         shown: whether each run displays its progress.
+        jobs: whether the runs are jobs of a cluster: they outlive the sweep's process, and the
+            cluster's signals are about one of them.
     """
 
     command: str
@@ -46,19 +52,35 @@ class Orders:
     stop_file: Path
     process: int
     shown: bool
+    jobs: bool = False
 
     def stopping(self) -> Stopping:
         """When to stop, for the process of the sweep that asks."""
-        parent = self.process if os.getppid() == self.process else None
-        return Stopping(self.time_limit, self.started, self.stop_file, parent)
+        common = self.time_limit, self.started, self.stop_file
+        if os.getpid() == self.process:
+            return Stopping(*common)
+        if self.jobs:
+            # Before its time is over submitit's job gets this; submitit then queues it again. It
+            # has a handler of its own for SIGTERM too, which must stay.
+            return Stopping(*common, signals=(signal.SIGUSR2,))
+        return Stopping(*common, parent=self.process)
 
 
-def launch(grid: Grid, orders: Orders, stopping: Stopping) -> dict[Path, str]:
-    """Have the grid's runs made by the launcher that its config names.
+def launch(
+    grid: Grid, orders: Orders, stopping: Stopping, note: Callable[[str], None] = say
+) -> dict[Path, str]:
+    """Have the grid's runs made by the launcher that its config names, until none is open.
 
-    A process that dies takes down the whole pool of some launchers. What is left is then launched
-    again. Runs that were being made at two such moments come last, one by one: one whose process
-    dies also when it is alone has failed.
+    A process that dies takes down the whole pool of some launchers. What is open is then launched
+    again. Runs whose process died twice come last, one by one: one whose process dies also when it
+    is alone has failed. Runs that other processes are at work on are waited for, and taken over
+    where those stop.
+
+    Args:
+        grid: the runs, and Hydra's overrides.
+        orders: for the processes that make them.
+        stopping: when to stop.
+        note: gets a line to show where there is something to say.
 
     Returns:
         What went wrong with which folder, apart from what the folders say themselves.
@@ -66,23 +88,28 @@ def launch(grid: Grid, orders: Orders, stopping: Stopping) -> dict[Path, str]:
     task = _Task(orders)
     failed: dict[Path, str] = {}
     deaths = Counter[Path]()
-    waiting, alone = list(grid.runs), list[GridRun]()
-    while waiting and not stopping():
+    waited = False
+    while (
+        left := [r for r in grid.runs if _is_open(r, failed, orders.started)]
+    ) and not stopping():
+        free = [run for run in left if not run.folder().held()]
+        if not free:
+            if not waited:
+                note(f"waiting for {len(left)} runs that another process is at work on")
+            waited = True
+            time.sleep(_PAUSE)
+            continue
+        batch = [run for run in free if deaths[run.folder().path] < 2] or free[:1]
         began = time.time()
-        if _launch_once(grid, waiting, task, failed) is None:
-            break
-        at_work = [run.folder().path for run in waiting if _was_being_made(run, began)]
-        deaths.update(at_work)
-        waiting = [run for run in waiting if not _ended(run, failed, began)]
-        # Where no run was begun, they die on their way there, and nobody knows which.
-        alone += [r for r in waiting if not at_work or deaths[r.folder().path] > 1]
-        waiting = [run for run in waiting if run not in alone]
-    for run in alone:
-        if stopping():
-            break
-        word = _launch_once(grid, [run], task, failed)
-        if word is not None and not stopping():
-            failed[run.folder().path] = f"its process died, or never began: {word}"
+        word = _launch_once(grid, batch, task, failed)
+        if word is None:
+            continue
+        # Where none was begun, they die on their way there, and nobody knows which.
+        died = [run.folder().path for run in batch if _was_being_made(run, began)]
+        deaths.update(died or [run.folder().path for run in batch])
+        path = batch[0].folder().path
+        if len(batch) == 1 and deaths[path] > 1 and not stopping():
+            failed[path] = f"its process died, or never began: {word}"
     return failed
 
 
@@ -122,34 +149,40 @@ class _Task:
     def __call__(self, composed: DictConfig) -> str | None:
         """Make the run; what went wrong before it had a folder to say so, if anything did."""
         orders = self.orders
-        if os.getpid() != orders.process:
-            # Between two runs a worker minds the stop file only; it must not die of a signal.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if os.getpid() != orders.process and not orders.jobs:
+            # Between two runs a worker minds the stop file only: its death would end the others.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
         with orders.stopping() as stopping:
-            if stopping() is not None:
-                return None
-            try:
-                config = checked(composed)
-                experiment = find_experiment(config.experiment)
-                ended = make_run(experiment, config, stopping, orders.command, orders.shown)
-            except (ConfigError, DataError) as error:
-                return str(error)
-            except Exception as error:  # the other runs go on
-                return f"{type(error).__name__}: {first_line(error)}"
-            if orders.shown:
-                print(ended, flush=True)
+            word = self._make(composed, stopping) if stopping() is None else None
             if stopping.orphaned:
                 os._exit(1)  # nobody is left to hand the next run to this worker
+        if orders.jobs:
+            stopping.pass_on()
+        return word
+
+    def _make(self, composed: DictConfig, stopping: Stopping) -> str | None:
+        try:
+            config = checked(composed)
+            experiment = find_experiment(config.experiment)
+            ended = make_run(experiment, config, stopping, self.orders.command, self.orders.shown)
+            if self.orders.shown:
+                say(str(ended))
+        except (ConfigError, DataError) as error:
+            return str(error)
+        except Exception as error:  # the other runs go on
+            return f"{type(error).__name__}: {first_line(error)}"
         return None
 
 
-def _was_being_made(run: GridRun, since: float) -> bool:
-    """Whether it was begun since then and not ended, and no process is at work on it now."""
-    folder = run.folder()
-    return folder.status == "running" and folder.touched_since(since) and not folder.held()
-
-
-def _ended(run: GridRun, failed: dict[Path, str], since: float) -> bool:
+def _is_open(run: GridRun, failed: dict[Path, str], since: float) -> bool:
+    """Whether it is not done, and has not failed since then."""
     folder = run.folder()
     failed_now = folder.status == "failed" and folder.touched_since(since)
-    return failed_now or folder.path in failed or folder.is_done(run.config.updates)
+    return not (failed_now or folder.path in failed or folder.is_done(run.config.updates))
+
+
+def _was_being_made(run: GridRun, since: float) -> bool:
+    """Whether it was begun since then and not ended."""
+    folder = run.folder()
+    return folder.status == "running" and folder.touched_since(since)
