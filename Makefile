@@ -23,6 +23,7 @@ SWEEP  += $(OVERRIDES)
 EXPERIMENTS := autoencoder lstm resnet
 
 .PHONY: help setup demo test test-slow bench plan reproduce-all collect figures clean
+.PHONY: wandb-sync wandb-dashboard
 .PHONY: $(addprefix reproduce-,$(EXPERIMENTS))
 
 help: ## list the targets
@@ -66,6 +67,16 @@ collect: $(READY) ## merge run folders, also those in archives FROM=..., into re
 
 figures: $(READY) ## redraw the figures of SCALE from results/SCALE/curves.csv
 	$(RUN) scripts/figures.py $(SCALE)
+
+wandb-sync: $(READY) ## publish ended runs of SCALE to Weights & Biases, each once
+	$(RUN) scripts/wandb_sync.py $(SCALE) $(addprefix --project ,$(PROJECT)) \
+	  $(addprefix --entity ,$(ENTITY))
+
+wandb-dashboard: $(READY) ## the W&B report of SCALE in ENTITY's project
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --editable '.[suite,dashboard]'
+	$(RUN) scripts/wandb_dashboard.py $(SCALE) $(addprefix --project ,$(PROJECT)) \
+	  $(addprefix --entity ,$(ENTITY))
 
 test: $(READY) ## style, types and tests; minutes
 	$(RUN) -m ruff check .

@@ -12,7 +12,9 @@ from omegaconf import DictConfig
 from bdhf.config import ConfigError, checked, register
 from bdhf.data import DataError
 from bdhf.experiment import CONFIGS, Experiment
+from bdhf.mirror import mirrored
 from bdhf.progress import say
+from bdhf.record import RunFolder
 from bdhf.runner import run
 from bdhf.sweep import sweep
 
@@ -31,7 +33,9 @@ def main(experiment: Experiment) -> None:
     def job(composed: DictConfig) -> None:
         nonlocal exit_code
         try:
-            ended = run(experiment, checked(composed), command=command)
+            config = checked(composed)
+            with mirrored([RunFolder(config).path], config.wandb):
+                ended = run(experiment, config, command=command)
         except (ConfigError, DataError) as error:  # what the user can mend needs no traceback
             print(f"error: {error}", file=sys.stderr)
             return

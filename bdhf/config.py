@@ -70,6 +70,23 @@ class DataConfig:
 
 
 @dataclass
+class WandbConfig:
+    """Where runs are mirrored in Weights & Biases: ``disabled``, ``offline`` or ``online``."""
+
+    mode: str = "disabled"
+    project: str = "bdhf"
+    entity: str | None = None  # whose project; null: the account's own
+
+
+@dataclass
+class TargetConfig:
+    """What a run should reach, to count the updates it needs; no metric: no target."""
+
+    metric: str | None = None
+    value: float = 0.0
+
+
+@dataclass
 class Config:
     """Everything a run depends on. Comments say what a key does; values are in ``configs/``."""
 
@@ -98,6 +115,8 @@ class Config:
     time_limit: float | None = None
     checkpoint_seconds: float = 60.0
     results: str = "results"
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
 
     # Tables that the values above point into.
     hessian_free: HessianFreeSettings = field(default_factory=HessianFreeSettings)
@@ -114,6 +133,8 @@ _OUTSIDE_THE_HASH = (
     "time_limit",
     "checkpoint_seconds",
     "results",
+    "wandb",
+    "target",
 )
 
 
@@ -255,6 +276,14 @@ def _check_machine(config: Config) -> None:
     limit, pause = config.time_limit, config.checkpoint_seconds
     require(limit is None or limit > 0, "time_limit", limit, "a number of seconds, or null")
     require(pause >= 0, "checkpoint_seconds", pause, "0 or more")
+    modes = ("disabled", "offline", "online")
+    require(
+        config.wandb.mode in modes, "wandb.mode", config.wandb.mode, f"one of {', '.join(modes)}"
+    )
+    metrics = ("train_loss", "test_loss", "test_accuracy", "averaged_test_accuracy")
+    metric = config.target.metric
+    allowed = f"one of {', '.join(metrics)}, or null"
+    require(metric is None or metric in metrics, "target.metric", metric, allowed)
     allowed = "auto, cpu, cuda or cuda:N"
     try:
         device = device_of(config)

@@ -231,8 +231,7 @@ class RunFolder:
 
     def _conclude(self, status: str, reason: str) -> None:
         self._provenance.update(status=status, reason=reason)
-        text = json.dumps(_finite(self._provenance), indent=2) + "\n"
-        _write(self.path / "provenance.json", text.encode())
+        write_json(self.path / "provenance.json", self._provenance)
 
     def _read_provenance(self) -> dict[str, Any]:
         return read_provenance(self.path)
@@ -305,6 +304,11 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     _write(path, text.getvalue().encode())
 
 
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a dictionary as JSON; NaN and infinity become text, since JSON has no such numbers."""
+    _write(path, (json.dumps(_finite(value), indent=2) + "\n").encode())
+
+
 def number(text: str) -> float | int | None:
     """A value of a table: an int, a float, or None for a gap."""
     if not text:
@@ -351,6 +355,7 @@ def _circumstances(device: str, command: str) -> dict[str, Any]:
     commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", *_CODE)
     return {
         "git_commit": commit,
+        "git_describe": _git("describe", "--always", "--dirty", "--tags"),
         "git_dirty": None if changes is None else bool(changes),
         "command": command,
         "python": platform.python_version(),

@@ -28,6 +28,7 @@ from rich.console import Console
 
 from bdhf.config import ConfigError, device_of
 from bdhf.experiment import CONFIGS
+from bdhf.mirror import mirrored
 from bdhf.runner import title
 from bdhf.sweep.display import LiveTable, disk_in_words, failure_table, make_console, plan_table
 from bdhf.sweep.estimate import Estimate, duration
@@ -130,7 +131,11 @@ def _make(grid: Grid, command: str, started: float, console: Console) -> int:
         shown = not console.is_terminal
         orders = Orders(command, started, limit, stop_file, process, shown, jobs)
         try:
-            with orders.stopping() as stopping, LiveTable(grid.runs, console, _at_once(launcher)):
+            with (
+                mirrored([run.folder().path for run in left], left[0].config.wandb),
+                orders.stopping() as stopping,
+                LiveTable(grid.runs, console, _at_once(launcher)),
+            ):
                 failed = launch(replace(grid, runs=left), orders, stopping, console.print)
             # A new one, since the other may have looked at the file a moment too early.
             outcome = stopping() or orders.stopping()()

@@ -1,0 +1,42 @@
+"""Publish ended runs to Weights & Biases from disk, each once: scripts/wandb_sync.py [SCALE]."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bdhf.config import WandbConfig
+from bdhf.mirror import publish
+from bdhf.record import ENDED, first_line, read_provenance
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("scale", nargs="?", default="laptop", help="paper, laptop or demo")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="the results folder")
+    parser.add_argument("--project", default=WandbConfig.project, help="the W&B project")
+    parser.add_argument("--entity", help="whose project; default: the account's own")
+    arguments = parser.parse_args()
+    account = WandbConfig("online", arguments.project, arguments.entity)
+    folders = sorted((arguments.results / "runs" / arguments.scale).glob("*/*/"))
+    ended = [path for path in folders if read_provenance(path).get("status") in ENDED]
+    if not ended:
+        sys.exit(f"error: no ended run under {arguments.results / 'runs' / arguments.scale}")
+    count = 0
+    for folder in ended:
+        try:
+            new = publish(folder, account)
+        except Exception as error:  # no key, no network, ...: the others would meet it too
+            sys.exit(
+                f"error: {folder}: {type(error).__name__}: {first_line(error)}; {count} runs were "
+                "published. `wandb login` stores a key; repeat the command to go on"
+            )
+        count += new
+        print(f"{folder}: {'published' if new else 'there already'}", flush=True)
+    print(f"{count} runs published, {len(ended) - count} were there already")
+
+
+if __name__ == "__main__":
+    main()
