@@ -233,13 +233,15 @@ def mirrored(folders: Sequence[Path], account: WandbConfig) -> Iterator[None]:
     with contextlib.suppress(OSError):
         process.stdin.write(json.dumps(told) + "\n")
         process.stdin.flush()
+    patience = 0.0
     try:
         yield
+        patience = _PATIENCE  # but none after a second Ctrl-C
     finally:
         with contextlib.suppress(OSError):
             process.stdin.close()
         try:
-            process.wait(_PATIENCE)
+            process.wait(patience)
         except subprocess.TimeoutExpired:
             say("W&B is not done yet and goes on by itself; make wandb-sync publishes what is left")
 

@@ -223,6 +223,7 @@ def test_live_run_is_mirrored_and_continued(tmp_path: Path, server: StandIn) -> 
     assert not any(KEY in text for text in server.everything)
 
 
+@pytest.mark.slow
 def test_sweep_is_mirrored(tmp_path: Path, server: StandIn) -> None:
     arguments = [*TINY_HF, "optimizer=hf,bdhf", f"results={tmp_path}", "wandb.mode=online"]
     done = call("scripts/reproduce.py", "autoencoder", *arguments)
@@ -233,6 +234,7 @@ def test_sweep_is_mirrored(tmp_path: Path, server: StandIn) -> None:
         assert history_of(sent(server, folder)) == on_disk(folder)
 
 
+@pytest.mark.slow
 def test_wandb_out_of_reach_leaves_training_alone(tmp_path: Path) -> None:
     """No server, no key, and no W&B at all."""
     expected = without_clocks(read_metrics(finished(tmp_path / "plain")))

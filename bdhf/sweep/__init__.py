@@ -32,7 +32,7 @@ from bdhf.mirror import mirrored
 from bdhf.runner import title
 from bdhf.sweep.display import LiveTable, disk_in_words, failure_table, make_console, plan_table
 from bdhf.sweep.estimate import Estimate, duration
-from bdhf.sweep.grid import CONFIG_NAME, Grid, expand
+from bdhf.sweep.grid import CONFIG_NAME, Grid, GridRun, expand
 from bdhf.sweep.launching import Orders, launch
 from bdhf.sweep.state import State, in_words, look
 from bdhf.training import Outcome
@@ -117,38 +117,44 @@ def _make(grid: Grid, command: str, started: float, console: Console) -> int:
     states = [look(run) for run in grid.runs]
     left = [state.run for state in states if state.standing not in ("finished", "diverged")]
     failed: dict[Path, str] = {}
-    exit_code = 0
+    outcome: Outcome | None = None
     if left:
         console.print(in_words(states))
-        launcher = _launcher_config(grid)
-        jobs = "submitit" in launcher._target_
-        if not jobs:
-            _warn_of_days(states, _at_once(launcher), console)
-        folder = Path(left[0].config.results) / "runs" / ".sweep"
-        folder.mkdir(parents=True, exist_ok=True)
-        stop_file = folder / f"stop-{os.getpid()}-{started:.0f}"
-        limit, process = left[0].config.time_limit, os.getpid()
-        shown = not console.is_terminal
-        orders = Orders(command, started, limit, stop_file, process, shown, jobs)
-        try:
-            with (
-                mirrored([run.folder().path for run in left], left[0].config.wandb),
-                orders.stopping() as stopping,
-                LiveTable(grid.runs, console, _at_once(launcher)),
-            ):
-                failed = launch(replace(grid, runs=left), orders, stopping, console.print)
-            # A new one, since the other may have looked at the file a moment too early.
-            outcome = stopping() or orders.stopping()()
-        except KeyboardInterrupt:  # the second Ctrl-C; jobs that still wait are to find the file
-            outcome = Outcome("stopped", "interrupted", 128 + signal.SIGINT)
-        else:
-            stop_file.unlink(missing_ok=True)
-        if outcome is not None:
-            console.print(f"stopped, {outcome.reason}")
-            exit_code = outcome.exit_code
+        failed, outcome = _launch(grid, left, command, started, console)
+    if outcome is not None:
+        console.print(f"stopped, {outcome.reason}")
     states = [look(run) for run in grid.runs]
     _conclude(states, failed, console)
-    return exit_code or int(bool(failed) or any(s.standing == "failed" for s in states))
+    if outcome is not None and outcome.exit_code:
+        return outcome.exit_code
+    return int(bool(failed) or any(state.standing == "failed" for state in states))
+
+
+def _launch(
+    grid: Grid, left: list[GridRun], command: str, started: float, console: Console
+) -> tuple[dict[Path, str], Outcome | None]:
+    """Make the runs that are left; what went wrong, and why it was stopped, if it was."""
+    config, launcher = left[0].config, _launcher_config(grid)
+    at_once, jobs = _at_once(launcher), "submitit" in launcher._target_
+    if not jobs:
+        _warn_of_days([look(run) for run in left], at_once, console)
+    stop_file = Path(config.results) / "runs" / ".sweep" / f"stop-{os.getpid()}-{started:.0f}"
+    stop_file.parent.mkdir(parents=True, exist_ok=True)
+    shown, process = not console.is_terminal, os.getpid()
+    orders = Orders(command, started, config.time_limit, stop_file, process, shown, jobs)
+    try:
+        with (
+            mirrored([run.folder().path for run in left], config.wandb),
+            orders.stopping() as stopping,
+            LiveTable(grid.runs, console, at_once),
+        ):
+            failed = launch(replace(grid, runs=left), orders, stopping, console.print)
+    except KeyboardInterrupt:  # the second Ctrl-C; jobs that still wait are to find the file
+        return {}, Outcome("stopped", "interrupted", 128 + signal.SIGINT)
+    # A new one, since the other may have looked at the file a moment too early.
+    outcome = stopping() or orders.stopping()()
+    stop_file.unlink(missing_ok=True)
+    return failed, outcome
 
 
 def _conclude(states: Sequence[State], failed: dict[Path, str], console: Console) -> None:

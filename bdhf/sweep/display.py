@@ -68,7 +68,7 @@ def _size(count: float) -> str:
 
 
 class LiveTable:
-    """The runs being made, drawn anew every second while a sweep lasts; nothing if not a terminal.
+    """The runs being made, drawn anew while a sweep lasts; nothing where there is no terminal.
 
     Read from the run folders by a thread, so it is the same for every launcher.
     """
@@ -93,12 +93,14 @@ class LiveTable:
             self._live.stop()
 
     def _watch(self) -> None:
-        while not self._over.wait(_REFRESH):
+        while True:
+            self._live.update(live_view(self._states, self._jobs), refresh=True)
+            if self._over.wait(_REFRESH):
+                return
             self._states = [
                 state if state.standing in ("finished", "diverged") else look(state.run)
                 for state in self._states
             ]
-            self._live.update(live_view(self._states, self._jobs), refresh=True)
 
 
 def live_view(states: Sequence[State], jobs: int) -> Group:
