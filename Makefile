@@ -2,6 +2,7 @@
 
 SCALE  ?= laptop
 SEEDS  ?=
+RESULTS ?= results
 # Runs made at once, each on one thread: two such processes do more than one with two threads.
 CORES  := $(shell nproc 2>/dev/null || echo 1)
 JOBS   ?= $(shell command -v nvidia-smi >/dev/null && echo 1 || echo $(CORES) 8 | xargs -n1 | sort -n | head -1)
@@ -11,7 +12,10 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 # One plain command, so that make hands signals on to it.
-SWEEP  := $(RUN) scripts/reproduce.py scale=$(SCALE) $(addprefix seed=,$(SEEDS))
+EMPTY  :=
+COMMA  := ,
+SWEEP  := $(RUN) scripts/reproduce.py scale=$(SCALE) results=$(RESULTS) \
+  $(addprefix seed=,$(subst $(EMPTY) $(EMPTY),$(COMMA),$(strip $(SEEDS))))
 ifdef LAUNCHER
 SWEEP  += hydra/launcher=$(LAUNCHER)
 else ifneq ($(JOBS),1)
@@ -33,6 +37,7 @@ help: ## list the targets
 	@echo "  SCALE=paper|laptop|demo picks all sizes at once (default: laptop);"
 	@echo "  SEEDS=0,1 makes these seeds only (default: all of the scale's);"
 	@echo "  JOBS=2 makes so many runs at once (default: one a core, at most 8; 1 with a GPU);"
+	@echo "  RESULTS=trials keeps runs, tables and figures in another folder (default: results);"
 	@echo "  LAUNCHER=slurm makes each run a job of a cluster (configs/hydra/launcher);"
 	@echo "  OVERRIDES='time_limit=540 ...' adds settings of any key;"
 	@echo "  BDHF_DATA=FOLDER names a folder with data sets (default: data, filled by download)."
@@ -63,19 +68,19 @@ $(addprefix reproduce-,$(EXPERIMENTS)): reproduce-%: $(READY)
 	$(SWEEP) $*
 
 collect: $(READY) ## merge run folders, also those in archives FROM=..., into results/SCALE
-	$(RUN) scripts/collect.py $(SCALE) $(if $(FROM),--from $(FROM))
+	$(RUN) scripts/collect.py $(SCALE) --results $(RESULTS) $(if $(FROM),--from $(FROM))
 
 figures: $(READY) ## redraw the figures of SCALE from results/SCALE/curves.csv
-	$(RUN) scripts/figures.py $(SCALE)
+	$(RUN) scripts/figures.py $(SCALE) --results $(RESULTS)
 
 wandb-sync: $(READY) ## publish ended runs of SCALE to Weights & Biases, each once
-	$(RUN) scripts/wandb_sync.py $(SCALE) $(addprefix --project ,$(PROJECT)) \
+	$(RUN) scripts/wandb_sync.py $(SCALE) --results $(RESULTS) $(addprefix --project ,$(PROJECT)) \
 	  $(addprefix --entity ,$(ENTITY))
 
 wandb-dashboard: $(READY) ## the W&B report of SCALE in ENTITY's project
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	  --editable '.[suite,dashboard]'
-	$(RUN) scripts/wandb_dashboard.py $(SCALE) $(addprefix --project ,$(PROJECT)) \
+	$(RUN) scripts/wandb_dashboard.py $(SCALE) --results $(RESULTS) $(addprefix --project ,$(PROJECT)) \
 	  $(addprefix --entity ,$(ENTITY))
 
 test: $(READY) ## style, types and tests; minutes

@@ -16,7 +16,7 @@ from bdhf.mirror import mirrored
 from bdhf.progress import say
 from bdhf.record import RunFolder
 from bdhf.runner import run
-from bdhf.sweep import sweep
+from bdhf.sweep import plan, sweep
 
 
 def main(experiment: Experiment) -> None:
@@ -24,8 +24,9 @@ def main(experiment: Experiment) -> None:
     command = shlex.join(sys.argv)
     arguments = sys.argv[1:]
     if {"-m", "--multirun"} & set(arguments):
-        overrides = [a for a in arguments if a not in ("-m", "--multirun")]
-        sys.exit(sweep([f"experiment={experiment.name}", *overrides], command))
+        overrides = [a for a in arguments if a not in ("-m", "--multirun", "--plan")]
+        overrides.insert(0, f"experiment={experiment.name}")
+        sys.exit(plan(overrides) if "--plan" in arguments else sweep(overrides, command))
     register(experiment.name, experiment.settings)
     exit_code = 1
 
@@ -36,16 +37,14 @@ def main(experiment: Experiment) -> None:
             config = checked(composed)
             with mirrored([RunFolder(config).path], config.wandb):
                 ended = run(experiment, config, command=command)
+                say(str(ended))
+                if ended.status == "stopped":
+                    say("Repeat the command to continue.")
+                exit_code = ended.exit_code
         except (ConfigError, DataError) as error:  # what the user can mend needs no traceback
             print(f"error: {error}", file=sys.stderr)
-            return
         except KeyboardInterrupt:  # the second Ctrl-C
             exit_code = 128 + signal.SIGINT
-            return
-        say(str(ended))
-        if ended.status == "stopped":
-            say("Repeat the command to continue.")
-        exit_code = ended.exit_code
 
     job()
     sys.exit(exit_code)

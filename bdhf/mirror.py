@@ -1,13 +1,17 @@
 """Runs in Weights & Biases, mirrored from their folders: the disk is the truth, W&B a copy of it.
 
 A process of its own reads the folders and publishes them, so that nothing W&B does can make
-training fail or wait: ``python -m bdhf.mirror``, told what to do on its standard input, whose end
-tells it that training is over. `make wandb-sync` publishes folders in the same way, later.
+training fail or wait: ``python -m bdhf.mirror FILE``, which ends some time after its standard input
+does. `make wandb-sync` publishes folders in the same way, later.
+
+A run's id stays the same, and its steps are its updates. So W&B, which takes no step twice, gets
+each row once, also of a run that was continued or published in part before.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import select
@@ -16,6 +20,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +31,14 @@ from omegaconf import OmegaConf
 
 from bdhf.config import TargetConfig, WandbConfig, settings_hash
 from bdhf.progress import say
-from bdhf.record import ENDED, first_line, read_metrics, read_provenance, write_json
+from bdhf.record import (
+    ENDED,
+    alone_with,
+    first_line,
+    read_metrics,
+    read_provenance,
+    write_json,
+)
 from bdhf.summary import best, final, updates_to
 
 #: Which figure of the paper an experiment belongs to, for the tags.
@@ -34,14 +47,18 @@ FIGURES = {"autoencoder": "figure 1", "lstm": "figure 2", "resnet": "figure 3"}
 #: What panels may be drawn against.
 AXES = ("update", "epoch", "gradient_equivalents", "seconds")
 
-#: Seconds between two looks at the folders.
-_PAUSE = 5.0
+#: Seconds between two looks at the folders, and before W&B is tried again after an error.
+_PAUSE, _RETRY = 5.0, 60.0
 
-#: Seconds for which the end of a command waits for W&B, and for which it goes on afterwards.
-_PATIENCE, _AFTERWARDS = 30.0, 900
+#: Seconds for which the end of a command waits for W&B, and for which its process goes on then.
+_PATIENCE, _AFTERWARDS = 15.0, 600
 
-#: Seconds after which W&B counts as out of reach, unless the user says otherwise.
-_INIT_TIMEOUT = "30"
+#: Seconds after which W&B counts as out of reach, unless the user says otherwise, and seconds
+#: that the end of an upload may take.
+_INIT_TIMEOUT, _FINISH_TIMEOUT = "30", 300.0
+
+#: Seconds after which a server that does not show what it was sent counts as not having it.
+_CONFIRM = float(os.environ.get("BDHF_WANDB_CONFIRM", 20))
 
 #: What says in a folder that it has been published.
 _MARKER = "wandb.json"
@@ -54,14 +71,15 @@ def identity(folder: Path) -> dict[str, Any]:
     few = settings["curvature_batch_size"]
     sizes = f"b{settings['batch_size']}" + ("" if few is None else f"-c{few}")
     optimizer = settings["optimizer"]["name"]
-    described = [session.get("git_describe") for session in provenance.get("sessions", [])]
+    sessions = provenance.get("sessions", [])
+    described = [session.get("git_describe") or session.get("git_commit") for session in sessions]
     tags = [settings["scale"], FIGURES.get(settings["experiment"], settings["experiment"])]
     return {
         "id": f"{settings['experiment']}-{folder.name}",  # its end is the hash of the settings
         "name": folder.name,
         "group": f"{settings['experiment']}/{optimizer}/{sizes}",
         "job_type": optimizer,
-        "tags": [*tags, *dict.fromkeys(tag[:64] for tag in described if tag)],
+        "tags": [*tags, *dict.fromkeys(tag[:40] for tag in described if tag)],
         "config": {**settings, "settings_hash": settings_hash(settings, without=("seed",))},
     }
 
@@ -93,67 +111,88 @@ class RunMirror:
     def __init__(self, folder: Path, account: WandbConfig) -> None:
         self._folder, self._account = folder, account
         self._run: Any = None
-        self._sent = 0
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self._finished = False
+        self._sent = self._first = 0
+        self._held = contextlib.ExitStack()  # the lock, and what W&B writes meanwhile
+        self._try_after = 0.0
+        self._complained = False
+
+    def update(self, last: bool = False) -> bool:
+        """Publish what is new in the folder; all of it, if the run or the mirroring is over.
+
+        Returns:
+            Whether the run was published as a whole, just now.
+
+        Raises:
+            Exception: whatever W&B raises; the next call begins anew.
+        """
+        rows = read_metrics(self._folder)
+        status = read_provenance(self._folder).get("status")
+        over = last or status in ENDED
+        # W&B cannot continue an offline run, so one is written when all of it is there.
+        if not rows or not (over or self._account.mode == "online"):
+            return False
+        if self._run is None and (time.monotonic() < self._try_after or self.is_published()):
+            return False
+        try:
+            if self._run is None and not self._open():
+                return False  # another process mirrors it
+            for row in rows[self._sent :]:
+                step = int(row["update"] or 0)
+                if step >= self._first:  # W&B has those before, from an earlier time
+                    known = {key: value for key, value in row.items() if value is not None}
+                    self._run.log(known, step=step, commit=True)  # not held for the next
+            self._sent = len(rows)
+            if over:
+                self._finish(str(status))
+        except BaseException:
+            self._try_after = time.monotonic() + _RETRY
+            self._let_go()
+            raise
+        return over
+
+    def try_update(self, last: bool = False) -> None:
+        """The same; an error is told, once, and W&B is tried again later."""
+        if last:
+            self._try_after = 0.0
+        try:
+            self.update(last)
+        except Exception as error:
+            if not self._complained:
+                say(
+                    f"W&B: {type(error).__name__}: {first_line(error)}. Training goes on; "
+                    "make wandb-sync publishes the run from disk"
+                )
+            self._complained = True
 
     def is_published(self) -> bool:
-        """Whether W&B has all of the folder's rows already."""
+        """Whether W&B has all that the folder holds already."""
         marker = self._folder / _MARKER
-        if not marker.exists():
-            return False
+        if "WANDB_SWEEP_ID" in os.environ or not marker.exists():
+            return False  # an agent's trial is a run of its own each time
         known: dict[str, Any] = json.loads(marker.read_text())
         return known == self._state()
 
-    def update(self, last: bool = False) -> None:
-        """Publish what is new in the folder; all of it, if this is the last look at it.
-
-        Raises:
-            Exception: whatever W&B raises.
-        """
-        if self._finished or not (self._folder / "metrics.csv").exists():
-            return
-        over = last or read_provenance(self._folder).get("status") in ENDED
-        if over and self._run is None and self.is_published():
-            self._finished = True
-            return
-        if over or self._account.mode == "online":  # an offline run cannot be continued later
-            self._send()
-        if over:
-            self._finish()
-
-    def close(self) -> None:
-        """Let go of a run that could not be published."""
-        self._finished = True
-        if self._scratch is not None:
-            self._scratch.cleanup()
-
-    def _send(self) -> None:
-        if self._run is None:
-            self._open()
-        rows = read_metrics(self._folder)
-        for row in rows[self._sent :]:
-            update = int(row["update"] or 0)
-            if update >= self._first:  # the server has those before, from an earlier session
-                self._run.log({k: v for k, v in row.items() if v is not None}, step=update)
-        self._sent = len(rows)
-
-    def _open(self) -> None:
+    def _open(self) -> bool:
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_INIT_TIMEOUT", _INIT_TIMEOUT)
         import wandb
 
+        *_, scale, experiment, name = self._folder.absolute().parts
+        runs = self._folder.absolute().parents[2]
+        if not self._held.enter_context(alone_with(runs, scale, experiment, f"{name}-wandb")):
+            return False
         offline = self._account.mode == "offline"
         if offline:
-            # An offline run cannot be continued, so the new one with all rows takes its place.
-            shutil.rmtree(self._folder / "wandb", ignore_errors=True)
+            shutil.rmtree(self._folder / "wandb", ignore_errors=True)  # the new one takes its place
             place = str(self._folder)
         else:
-            self._scratch = tempfile.TemporaryDirectory(prefix="bdhf-wandb-")
-            place = self._scratch.name
+            scratch = tempfile.TemporaryDirectory(prefix="bdhf-wandb-", ignore_cleanup_errors=True)
+            place = self._held.enter_context(scratch)
         settings = wandb.Settings(
             mode="offline" if offline else "online",
             root_dir=place,
+            finish_timeout=_FINISH_TIMEOUT,
+            finish_timeout_raises=True,
             silent=True,
             console="off",
             save_code=False,
@@ -176,74 +215,111 @@ class RunMirror:
         for axis in AXES:
             self._run.define_metric(axis)
         self._run.define_metric("*", step_metric="update")
+        return True
 
-    def _finish(self) -> None:
-        self._run.summary.update(summary_of(self._folder))
+    def _finish(self, status: str) -> None:
+        """Close the run in W&B; one that has not ended does not look as if it had."""
         state = self._state()
-        self._run.finish(exit_code=int(read_provenance(self._folder).get("status") == "failed"))
+        self._run.summary.update(summary_of(self._folder))
+        path = f"{self._run.entity}/{self._run.project}/{self._run.id}"
+        self._run.finish(exit_code=0 if status in ENDED else 1)
+        self._run = None
+        if self._account.mode == "online":
+            self._confirm(path)
         write_json(self._folder / _MARKER, state)
-        self.close()
+        self._let_go()
+
+    def _confirm(self, path: str) -> None:
+        """W&B's client ends in peace also where the server took nothing, so ask the server."""
+        import wandb
+
+        last = int(read_metrics(self._folder)[-1]["update"] or 0)
+        deadline = time.monotonic() + _CONFIRM
+        while (found := wandb.Api().run(path).lastHistoryStep) < last:
+            if time.monotonic() >= deadline:
+                raise RuntimeError(f"W&B has {path} up to step {found} of {last} only")
+            time.sleep(1)
+
+    def _let_go(self) -> None:
+        if self._run is not None:
+            with contextlib.suppress(Exception):
+                self._run.finish(exit_code=1)
+        self._run, self._sent = None, 0
+        self._held.close()
 
     def _state(self) -> dict[str, Any]:
         """Of what is published where: the same as long as nothing is new."""
         import wandb
 
-        rows = read_metrics(self._folder)
-        provenance = read_provenance(self._folder)
+        online = self._account.mode == "online"
         return {
             **asdict(self._account),
-            "host": wandb.Settings().base_url if self._account.mode == "online" else None,
+            "host": wandb.setup().settings.base_url if online else None,
             "id": identity(self._folder)["id"],
-            "rows": len(rows),
-            "updates": rows[-1]["update"] if rows else None,
-            "status": provenance.get("status"),
+            "rows": hashlib.sha256((self._folder / "metrics.csv").read_bytes()).hexdigest(),
+            "status": read_provenance(self._folder).get("status"),
         }
 
 
 def publish(folder: Path, account: WandbConfig) -> bool:
-    """Publish a folder's run as a whole; False where W&B has it already.
+    """Publish a folder's run as a whole; False where W&B has it, or where nothing is to be sent.
 
     Raises:
-        Exception: whatever W&B raises; what it has by then is continued the next time.
+        Exception: whatever W&B raises.
     """
-    mirror = RunMirror(folder, account)
-    if mirror.is_published():
-        return False
-    try:
-        mirror.update(last=True)
-    finally:
-        mirror.close()
-    return True
+    return RunMirror(folder, account).update(last=True)
 
 
 @contextlib.contextmanager
 def mirrored(folders: Sequence[Path], account: WandbConfig) -> Iterator[None]:
     """While this lasts, a process of its own mirrors the folders as they come and grow."""
-    if account.mode == "disabled":
+    process = None if account.mode == "disabled" else _start(folders, account)
+    if process is None:
         yield
         return
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bdhf.mirror"],
-        stdin=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # Ctrl-C is not for it
-    )
-    assert process.stdin is not None
-    told = {"folders": [str(folder.absolute()) for folder in folders], "wandb": asdict(account)}
-    with contextlib.suppress(OSError):
-        process.stdin.write(json.dumps(told) + "\n")
-        process.stdin.flush()
-    patience = 0.0
     try:
         yield
-        patience = _PATIENCE  # but none after a second Ctrl-C
-    finally:
+    except BaseException:  # refused, or a second Ctrl-C
+        process.terminate()
+        raise
+    assert process.stdin is not None
+    try:
         with contextlib.suppress(OSError):
             process.stdin.close()
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            say("W&B is not done yet and goes on by itself; make wandb-sync publishes what is left")
+        process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        say("W&B is not done yet and goes on by itself; make wandb-sync publishes what is left")
+    except KeyboardInterrupt:  # the runs are made; only the waiting ends
+        process.terminate()
+
+
+def _start(folders: Sequence[Path], account: WandbConfig) -> subprocess.Popen[str] | None:
+    """The process that mirrors; None, and a word, where there can be none."""
+    try:
+        with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
+            names = [str(folder.absolute()) for folder in folders]
+            json.dump({"folders": names, "wandb": asdict(account)}, file)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bdhf.mirror", file.name],
+            stdin=subprocess.PIPE,
+            # Not ours, which it would keep open for as long as it goes on.
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,  # Ctrl-C is not for it
+        )
+    except OSError as error:
+        say(f"W&B: {first_line(error)}. Training goes on; make wandb-sync publishes from disk")
+        return None
+    assert process.stdout is not None
+    lines = process.stdout
+
+    def relay() -> None:
+        for line in lines:
+            say(line.rstrip())
+
+    threading.Thread(target=relay, daemon=True).start()
+    return process
 
 
 def follow(folders: Sequence[Path], account: WandbConfig) -> None:
@@ -256,16 +332,13 @@ def follow(folders: Sequence[Path], account: WandbConfig) -> None:
         if over:
             signal.alarm(_AFTERWARDS)
         for mirror in mirrors:
-            try:
-                mirror.update(last=over)
-            except Exception as error:
-                mirror.close()
-                say(
-                    f"W&B: {type(error).__name__}: {first_line(error)}. Training goes on; "
-                    "make wandb-sync publishes the run from disk"
-                )
+            mirror.try_update(last=over)
 
 
 if __name__ == "__main__":
-    told = json.loads(sys.stdin.readline())
+    for ending in (signal.SIGALRM, signal.SIGTERM):
+        signal.signal(ending, lambda *_: sys.exit(1))  # so that what is held is let go
+    order = Path(sys.argv[1])
+    told = json.loads(order.read_text())
+    order.unlink()
     follow([Path(folder) for folder in told["folders"]], WandbConfig(**told["wandb"]))

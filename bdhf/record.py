@@ -355,7 +355,7 @@ def _circumstances(device: str, command: str) -> dict[str, Any]:
     commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", *_CODE)
     return {
         "git_commit": commit,
-        "git_describe": _git("describe", "--always", "--dirty", "--tags"),
+        "git_describe": _git("describe", "--always", "--tags"),
         "git_dirty": None if changes is None else bool(changes),
         "command": command,
         "python": platform.python_version(),

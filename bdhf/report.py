@@ -82,22 +82,30 @@ def collect(results: Path, scale: str) -> tuple[int, list[str]]:
     if not runs:
         return 0, left_out
     with FileLock(results / "runs" / f".{scale}.lock"):  # two sweeps may end at the same moment
-        kept = _merge(results / scale, runs, rows)
+        kept, changed = _merge(results / scale, runs, rows)
     left_out += [f"{run['run']}: the table has a longer one" for run in runs if run["run"] in kept]
-    return sum(run["run"] not in kept for run in runs), left_out
+    return changed, left_out
 
 
-def _merge(target: Path, runs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> set[str]:
-    """Put runs and rows into the tables; the names of the tables' runs that stayed."""
+def _merge(
+    target: Path, runs: list[dict[str, Any]], rows: list[dict[str, Any]]
+) -> tuple[set[str], int]:
+    """Put runs and rows into the tables.
+
+    Returns:
+        The names of the tables' runs that stayed, and how many runs are not as they were before.
+    """
     kept = _not_superseded(target / "runs.csv", runs)
     new = {run["run"] for run in runs} - kept
+    known = {row["run"]: row["end"] for row in read_table(target / "runs.csv")}
+    changed = sum(run["run"] in new and known.get(run["run"]) != run["end"] for run in runs)
     if new:
         target.mkdir(parents=True, exist_ok=True)
         for name, added in (("runs.csv", runs), ("curves.csv", rows)):
             old: list[dict[str, Any]] = [r for r in read_table(target / name) if r["run"] in kept]
             merged = [*old, *(row for row in added if row["run"] in new)]
             write_table(target / name, sorted(merged, key=lambda row: row["run"]))
-    return kept
+    return kept, changed
 
 
 def mixtures(results: Path, scale: str) -> list[str]:

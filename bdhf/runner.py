@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import time
 from collections.abc import Callable
@@ -79,6 +80,7 @@ def run(
     stopping: Stopping | None = None,
     command: str = "",
     shown: bool = True,
+    label: str | None = None,
 ) -> Ended:
     """Make one run, or continue it, or find that it is finished.
 
@@ -88,6 +90,7 @@ def run(
         stopping: asked before every update; None: catch signals and mind ``config.time_limit``.
         command: what the user typed, for the run's provenance.
         shown: whether its progress is displayed.
+        label: the run in a few words, for that display; None: its `title`.
 
     Raises:
         DataError: the data set is missing or corrupt.
@@ -117,7 +120,8 @@ def run(
             return done
         if stopping is None:
             stopping = stack.enter_context(Stopping(config.time_limit))
-        return _make(experiment, config, images, folder, stopping, command, shown)
+        display = functools.partial(ProgressDisplay, label or title(config), shown=shown)
+        return _make(experiment, config, images, folder, stopping, command, display)
 
 
 def _done_before(folder: RunFolder, config: Config) -> Ended | None:
@@ -140,14 +144,14 @@ def _make(
     folder: RunFolder,
     stopping: Stopping,
     command: str,
-    shown: bool,
+    display: Callable[[int, int], ProgressDisplay],
 ) -> Ended:
     training = _set_up(experiment, config, images)
     folder.begin(config, _facts(config, images, training), command)
     with folder.failures_recorded():
         while True:
             _restore(folder, training)
-            outcome = _train(folder, training, config, stopping, shown)
+            outcome = _train(folder, training, config, stopping, display)
             if outcome is not None:
                 break
             # Out of memory. A smaller piece gives the same gradient and products, to rounding.
@@ -270,11 +274,15 @@ def _checkpoint(training: Training) -> dict[str, Any]:
 
 
 def _train(
-    folder: RunFolder, training: Training, config: Config, stopping: Stopping, shown: bool
+    folder: RunFolder,
+    training: Training,
+    config: Config,
+    stopping: Stopping,
+    make_display: Callable[[int, int], ProgressDisplay],
 ) -> Outcome | None:
     """Train; None where the GPU's memory ran out and a smaller `_smaller_piece` may do."""
     writer = _CheckpointWriter(folder, training, config.checkpoint_seconds)
-    with ProgressDisplay(title(config), config.updates, training.progress.update, shown) as display:
+    with make_display(config.updates, training.progress.update) as display:
 
         def on_row(row: Row) -> None:
             folder.append(row)

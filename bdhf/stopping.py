@@ -29,10 +29,10 @@ class Stopping:
     Args:
         time_limit: seconds after ``started`` when it is time to stop; None: no limit.
         started: in seconds since the epoch, so that it means the same to all processes.
-        file: where there is such a file, one stops; SIGINT and SIGTERM make it. So a signal to one
-            process of a sweep stops all of them.
+        file: where there is such a file, one stops; a signal makes it, but for SIGUSR2. So a signal
+            to one process of a sweep stops all of them.
         parent: the process that should have started this one; when it is gone, one stops too.
-        signals: which are caught.
+        signals: which are caught; SIGHUP not under nohup.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Stopping:
         started: float = PROCESS_START,
         file: Path | None = None,
         parent: int | None = None,
-        signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
+        signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
     ) -> None:
         self._limit, self._started, self._file, self._parent = time_limit, started, file, parent
         self._signals = tuple(signals)
@@ -53,6 +53,9 @@ class Stopping:
     def __enter__(self) -> Stopping:
         if threading.current_thread() is threading.main_thread():  # only there it is allowed
             for number in self._signals:
+                before = signal.getsignal(number)
+                if number == signal.SIGHUP and before == signal.SIG_IGN:  # nohup
+                    continue
                 self._previous[number] = signal.signal(number, self._catch)
         return self
 
@@ -72,7 +75,7 @@ class Stopping:
             raise KeyboardInterrupt
         self._caught = number
         self._outcome = _by_signal(number)
-        if self._file is not None and number in (signal.SIGINT, signal.SIGTERM):
+        if self._file is not None and number != signal.SIGUSR2:
             self._file.write_text(str(number))
 
     def __call__(self) -> Outcome | None:

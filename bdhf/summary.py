@@ -30,9 +30,9 @@ def best(rows: Sequence[Row], metric: str) -> float | None:
 
 
 def final(rows: Sequence[Row], metric: str) -> float | None:
-    """The median over the last tenth of the updates, since runs jump."""
+    """The median over the last tenth of the updates, since runs jump; None after a divergence."""
     values = values_of(rows, metric)
-    if not values:
+    if not values or math.isnan(values[-1][1]):
         return None
     last = values[-1][0]
     return median(value for update, value in values if update >= 0.9 * last)

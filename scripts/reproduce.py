@@ -26,8 +26,9 @@ def main() -> int:
     arguments = [a for a in sys.argv[1:] if a != "--plan"]
     chosen = [a for a in arguments if "=" not in a]
     overrides = [a for a in arguments if "=" in a]
-    if not chosen:
-        sys.exit(__doc__)
+    if not chosen or {"-h", "--help"} & set(chosen):
+        print(__doc__)
+        return 0 if chosen else 1
     known = experiment_names()
     for name in chosen:
         if name not in (*known, "all"):

@@ -70,7 +70,7 @@ def build(results: Path, scale: str, entity: str, project: str) -> wr.Report:
                 project=project,
                 name=title,
                 filters=f"{chosen} and Config('optimizer.name') in [{either}]",
-                groupby=["group"],
+                groupby=["group", "config.settings_hash"],  # other settings are other curves
             )
             plots = [_plot(axis, y) for axis in AXES for y in ("train_loss", metric)]
             blocks += [wr.H2(text=title), wr.PanelGrid(runsets=[runset], panels=plots)]

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import wandb
+
 from bdhf.config import WandbConfig
 from bdhf.mirror import publish
 from bdhf.record import ENDED, first_line, read_provenance
@@ -24,18 +26,24 @@ def main() -> None:
     ended = [path for path in folders if read_provenance(path).get("status") in ENDED]
     if not ended:
         sys.exit(f"error: no ended run under {arguments.results / 'runs' / arguments.scale}")
-    count = 0
+    published = failed = 0
     for folder in ended:
         try:
             new = publish(folder, account)
-        except Exception as error:  # no key, no network, ...: the others would meet it too
+        except wandb.Error as error:  # no key, no network, ...: the others would meet it too
             sys.exit(
-                f"error: {folder}: {type(error).__name__}: {first_line(error)}; {count} runs were "
-                "published. `wandb login` stores a key; repeat the command to go on"
+                f"error: {folder}: {type(error).__name__}: {first_line(error)}; {published} runs "
+                "were published. `wandb login` stores a key; repeat the command to go on"
             )
-        count += new
+        except Exception as error:  # this folder's own
+            failed += 1
+            print(f"error: {folder}: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+            continue
+        published += new
         print(f"{folder}: {'published' if new else 'there already'}", flush=True)
-    print(f"{count} runs published, {len(ended) - count} were there already")
+    there = len(ended) - published - failed
+    print(f"{published} runs published, {there} were there already")
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

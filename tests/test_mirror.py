@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from wandb.proto import wandb_internal_pb2
 from wandb_stand_in import SentRun, StandIn, stand_in
 
 from bdhf.config import TargetConfig, WandbConfig, checked
-from bdhf.mirror import AXES, identity, publish, summary_of
+from bdhf.mirror import AXES, FIGURES, identity, publish, summary_of
 from bdhf.record import read_metrics, write_table
 from bdhf.runner import run
 from bdhf.summary import best, final, updates_to
@@ -33,6 +34,7 @@ def account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("BDHF_WANDB_CONFIRM", "1")
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb-cache"))
 
@@ -199,16 +201,88 @@ def test_sync_sends_each_ended_run_once_however_often_it_is_called(
 
 
 def test_sync_after_a_loss_of_the_marker_sends_no_row_twice(
-    tmp_path: Path, server: StandIn
+    tmp_path: Path, server: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = finished(tmp_path)
     for _ in range(2):
         done = call("scripts/wandb_sync.py", "demo", "--results", str(tmp_path))
         assert done.stdout.endswith("1 runs published, 0 were there already\n"), done.stderr
         (folder / "wandb.json").unlink()
-    assert sent(server, folder).opened == 2 and history_of(sent(server, folder)) == on_disk(folder)
+    run_ = sent(server, folder)
+    assert run_.opened == 2 and history_of(run_) == on_disk(folder)
+    with stand_in() as another:  # of which the marker says nothing
+        monkeypatch.setenv("WANDB_BASE_URL", another.url)
+        for published in (1, 0):
+            done = call("scripts/wandb_sync.py", "demo", "--results", str(tmp_path))
+            assert done.stdout.count("\n1 runs published, 0") == published, done.stderr
+        assert len(another.runs) == 1
 
 
+@pytest.mark.slow
+def test_upload_that_the_server_refuses_is_not_taken_for_published(
+    tmp_path: Path, server: StandIn
+) -> None:
+    folder, other = finished(tmp_path), finished(tmp_path, "seed=1")
+    server.refuses.append(f"autoencoder-{folder.name}")
+    done = call("scripts/wandb_sync.py", "demo", "--results", str(tmp_path))
+    assert done.returncode == 1 and f"error: {folder}: " in done.stderr
+    assert done.stdout.endswith("1 runs published, 0 were there already\n")
+    assert history_of(sent(server, other)) == on_disk(other)
+    server.refuses.clear()
+    done = call("scripts/wandb_sync.py", "demo", "--results", str(tmp_path))
+    assert done.stdout.endswith("1 runs published, 1 were there already\n"), done.stderr
+    assert history_of(sent(server, folder)) == on_disk(folder)
+
+
+LIVE = """
+import sys
+from pathlib import Path
+from bdhf.config import WandbConfig
+from bdhf.mirror import RunMirror
+mirror = RunMirror(Path(sys.argv[1]), WandbConfig("online"))
+for line in sys.stdin:
+    mirror.update(last=line == "last\\n")
+    print("updated", flush=True)
+"""
+
+
+def test_rows_are_sent_while_a_run_is_made_and_when_it_is_continued(
+    tmp_path: Path, server: StandIn
+) -> None:
+    """A run that had ended and is continued with a larger budget, too."""
+    folder = finished(tmp_path)
+    whole, provenance = read_metrics(folder), (folder / "provenance.json").read_text()
+    command = [sys.executable, "-c", LIVE, str(folder)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def mirror(status: str, rows: int, word: str = "more") -> None:
+            assert process.stdin is not None and process.stdout is not None
+            text = provenance.replace('"finished"', f'"{status}"')
+            (folder / "provenance.json").write_text(text)
+            write_table(folder / "metrics.csv", whole[:rows])
+            process.stdin.write(word + "\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "updated\n"
+
+        mirror("finished", 1)
+        assert len(sent(server, folder).history) == 1
+        mirror("running", 2)
+        mirror("running", 3)
+        deadline = time.monotonic() + 60
+        while len(sent(server, folder).history) < 3 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert history_of(sent(server, folder)) == on_disk(folder)  # and it is not over yet
+        mirror("stopped", 3, "last")
+        process.stdin.close()
+    run_ = sent(server, folder)
+    assert history_of(run_) == on_disk(folder) and run_.exit_codes == [0, 1]
+    assert run_.summary["status"] == "stopped"
+
+
+@pytest.mark.slow
 def test_live_run_is_mirrored_and_continued(tmp_path: Path, server: StandIn) -> None:
     for updates in (4, 8):
         done = train(tmp_path, "wandb.mode=online", f"updates={updates}")
@@ -216,7 +290,7 @@ def test_live_run_is_mirrored_and_continued(tmp_path: Path, server: StandIn) -> 
     folder = the_folder(tmp_path)
     assert history_of(sent(server, folder)) == on_disk(folder)
     assert sent(server, folder).summary["update"] == 8
-    assert json.loads((folder / "wandb.json").read_text())["rows"] == 5  # nothing is left to send
+    assert (folder / "wandb.json").exists()  # nothing is left to send
     assert not (folder / "wandb").exists()
     for file in [path for path in folder.rglob("*") if path.is_file()]:
         assert KEY.encode() not in file.read_bytes(), file
@@ -279,7 +353,8 @@ def test_best_final_and_updates_to_a_target() -> None:
     assert best(accuracies, "test_accuracy") == 0.9
     assert updates_to(accuracies, TargetConfig("test_accuracy", 0.25)) == 3
     assert best(rows, "test_accuracy") is final(rows, "test_accuracy") is None
-    assert best(rows_of(2, float("nan")), "test_loss") == 2
+    diverged = rows_of(3, 2, float("nan"))
+    assert best(diverged, "test_loss") == 2 and final(diverged, "test_loss") is None
 
 
 def test_summary_counts_the_updates_to_the_target(tmp_path: Path) -> None:
@@ -312,8 +387,15 @@ def test_report_is_built_and_saved(
     saved = call("scripts/wandb_dashboard.py", *arguments)
     assert saved.returncode == 0, saved.stderr
     (view,) = server.views
-    text = json.dumps(view)
-    assert "test_accuracy" in text and "bdhf" in text and "gradient_equivalents" in text
+    spec = json.loads(view["spec"])
+    grids = [block for block in spec["blocks"] if block["type"] == "panel-grid"]
+    assert len(grids) == 3 * 2 + 1
+    for grid, experiment in zip(grids[:-1:2], FIGURES, strict=True):
+        text = json.dumps(grid["metadata"]["runSets"])
+        for part in ("scale", "laptop", experiment, "optimizer", "adam", "bdhf", "settings_hash"):
+            assert part in text
+        panels = json.dumps(grid["metadata"]["panelBankSectionConfig"])
+        assert all(axis in panels for axis in AXES) and "train_loss" in panels
     unreachable = call("scripts/wandb_dashboard.py", *arguments, WANDB_API_KEY="")
     assert unreachable.returncode == 1 and unreachable.stderr.startswith("error: the report cannot")
 
@@ -326,6 +408,8 @@ def test_wandb_sweep_drives_the_command_line() -> None:
         [f"{key}={value}" for value in spec.get("values", [spec.get("value")])]
         for key, spec in sweep["parameters"].items()
     ]
-    configs = [checked(composed("lstm", *point)) for point in itertools.product(*choices)]
+    fixed = sweep["command"][3:-1]
+    points = itertools.product(*choices)
+    configs = [checked(composed("lstm", *fixed, *point)) for point in points]
     assert len(configs) == 8 and len({(c.seed, c.optimizer.lr) for c in configs}) == 8
     assert {c.wandb.mode for c in configs} == {"online"}

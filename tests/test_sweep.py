@@ -127,6 +127,9 @@ def test_sweep_makes_what_is_left_and_only_that(
     assert sweep([*SMALL, results, "seed=0"], "the command") == 0
     out = capsys.readouterr().out
     assert out.startswith("2 runs: 2 left\n") and out.endswith("2 runs: 2 finished\n")
+    (line,) = [line for line in out.splitlines() if " bdhf b60 c20 seed 0  finished " in line]
+    (row,) = [rows[-1] for name, rows in all_metrics(tmp_path).items() if name.startswith("bdhf")]
+    assert f"{row['train_loss']:.4g}" in line and f"{row['test_loss']:.4g}" in line
     before = all_metrics(tmp_path)
     launched = []
     original = bdhf.sweep.launching._launch_once
@@ -178,9 +181,9 @@ def test_diverged_run_is_listed_and_no_failure(
     assert sweep([*arguments, "optimizer.lr=1e6,0.001"], "") == 0
     out = capsys.readouterr().out
     assert "2 runs: 1 finished, 1 diverged" in out
-    assert "diverged: autoencoder adam b60 seed 0: training loss" in out
+    assert "diverged: autoencoder adam b60 seed 0 optimizer.lr=1000000.0: training loss" in out
     assert sweep([*arguments, "optimizer.lr=1e6,0.001"], "") == 0  # and it is not repeated
-    assert capsys.readouterr().out.startswith("2 runs: 1 finished, 1 diverged\n")
+    assert "\n2 runs: 1 finished, 1 diverged\n" in capsys.readouterr().out
 
 
 def test_time_limit_is_the_whole_sweeps(
@@ -204,8 +207,8 @@ def test_time_limit_is_the_whole_sweeps(
         assert sweep([*SMALL, f"results={tmp_path}/cut", "time_limit=540"], "") == 0
     monkeypatch.undo()
     out = capsys.readouterr().out
-    assert "stopped, time_limit=540 seconds\n2 runs: 1 finished, 1 left\n" in out
-    assert "left: autoencoder bdhf b60 c20 seed 0, 2 of 4 updates made\nRepeat the comm" in out
+    assert "stopped, time_limit=540 seconds\n" in out and "\n2 runs: 1 finished, 1 left\n" in out
+    assert "left: autoencoder bdhf b60 c20 seed 0, stopped at update 2 of 4\nRepeat the c" in out
     assert sweep([*SMALL, f"results={tmp_path}/cut"], "") == 0
     assert all_metrics(tmp_path / "cut") == all_metrics(expected)
 
@@ -215,6 +218,9 @@ def test_bad_arguments_are_one_message(capsys: pytest.CaptureFixture[str]) -> No
         (["--config-dir", "x"], "--config-dir: a sweep takes key=value and --multirun only"),
         (["experiment=vae"], "Could not find 'experiment/vae'"),
         (["hydra/launcher=none"], "Could not find 'hydra/launcher/none'"),
+        (["hydra/launcher=processes", "hydra.launcher.n_jobs=0"], "n_jobs=0: must be 1 or more"),
+        (["experiment=lstm", "seed=x"], "seed=x: "),
+        (["experiment=lstm", "results=/proc/nope"], "/proc/nope"),
         (["optimizer.lr=interval(0,1)"], "a sweep takes lists, choices and ranges only"),
         (["seed=1,"], "seed=1,"),
     ):
@@ -294,7 +300,7 @@ import os, signal
 from pathlib import Path
 from bdhf.sweep.launching import Orders
 def orders(jobs, process):
-    return Orders("", 0.0, None, Path({folder!r}) / "stop", process, False, jobs)
+    return Orders("", 0.0, None, Path({folder!r}) / "stop", process, False, {{}}, jobs)
 """
 
 
@@ -344,7 +350,7 @@ def test_closed_pipe_does_not_end_the_work(tmp_path: Path) -> None:
 
 
 def orders(tmp_path: Path) -> Orders:
-    return Orders("", 0.0, None, tmp_path / "stop", os.getpid(), False)
+    return Orders("", 0.0, None, tmp_path / "stop", os.getpid(), False, {})
 
 
 class Deaths:
@@ -647,9 +653,10 @@ def test_plan_counts_and_estimates(tmp_path: Path, capsys: pytest.CaptureFixture
     capsys.readouterr()
     assert plan(arguments) == 0
     out = capsys.readouterr().out
-    hf, bdhf_ = [line.split() for line in out.splitlines() if line.startswith(" autoencoder")]
-    assert hf[:7] == ["autoencoder", "hf", "60", "20", "8", "1", "1"]
-    assert bdhf_[:6] == ["autoencoder", "bdhf", "60", "20", "8", "2"]
+    hf, bdhf_ = [line for line in out.splitlines() if line.startswith(" autoencoder")]
+    assert hf.split()[:9] == ["autoencoder", "hf", "b60", "c20", "8", "1", "finished,", "1", "left"]
+    assert bdhf_.split()[:7] == ["autoencoder", "bdhf", "b60", "c20", "8", "2", "left"]
+    assert max(map(len, out.splitlines())) <= 80
     assert "4 runs: 1 finished, 3 left\n" in out
     assert "on this machine" in out and "free\n" in out
     assert not list(tmp_path.glob("runs/*/*/bdhf-*"))  # a plan makes nothing
@@ -749,7 +756,7 @@ def test_archive_of_another_machine_is_collected_and_continued(
     assert sweep([*SMALL, f"results={there}", "seed=0", "updates=6"], "") == 0
     assert all_metrics(here) == all_metrics(there)
     assert all(line.endswith("the one here went as far") for line in bring_in(there, here))
-    collect(here, "demo")
+    assert collect(here, "demo")[0] == 2 and collect(here, "demo")[0] == 0
     assert not [line for line in mixtures(here, "demo") if "different" in line]
 
 

@@ -131,7 +131,7 @@ def test_random_kills(tmp_path: Path, expected: dict[str, list[Row]]) -> None:
     assert metrics(tmp_path) == expected
     assert statuses(tmp_path) == ["finished"] * 12
     again = finish(start(tmp_path, updates=UPDATES))
-    assert again.startswith("12 runs: 12 finished\n") and " update " not in again
+    assert "12 runs: 12 finished\n" in again and " update " not in again
     names = {file.name for file in tmp_path.glob("runs/*/*/*/*")}
     assert names == {"config.yaml", "metrics.csv", "provenance.json", "checkpoint.pt"}
 

@@ -22,6 +22,7 @@ class SentRun:
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     complete: bool = False
+    exit_codes: list[int] = field(default_factory=list)
 
 
 class StandIn:
@@ -30,6 +31,7 @@ class StandIn:
     def __init__(self) -> None:
         self.runs: dict[str, SentRun] = {}
         self.views: list[dict[str, Any]] = []
+        self.refuses: list[str] = []  # ids of runs whose rows it does not take
         self.everything: list[str] = []
         self.url = ""
 
@@ -57,6 +59,14 @@ class StandIn:
             place = {"id": "1", "name": variables["projectName"], "entityName": "me"}
             view = {**variables, "id": "1", "updatedAt": "2026-01-01T00:00:00", "project": place}
             return {"upsertView": {"view": view, "inserted": True}}
+        if operation == "GetDefaultEntity":
+            return {"viewer": {"id": "1", "entity": "me", "defaultEntity": {"name": "me"}}}
+        if operation == "Run":
+            return {"project": {"run": self._whole(variables["name"])}}
+        if operation == "RunHistoryKeys":
+            rows = self.runs[variables["name"]].history
+            last = rows[-1]["_step"] if rows else -1
+            return {"project": {"run": {"historyKeys": {"lastStep": last}}}}
         if operation == "Viewer":
             return {"viewer": {"id": "1", "entity": "me", "username": "me", "flags": "{}"}}
         return {}
@@ -83,6 +93,26 @@ class StandIn:
             }
         return {"id": "1", "name": "bdhf", "entity": {"id": "1", "name": "me"}, "bucket": bucket}
 
+    def _whole(self, name: str) -> dict[str, Any]:
+        run, nothing = self.runs[name], json.dumps({})
+        return {
+            **dict.fromkeys(("sweepName", "commit", "description", "notes", "group", "jobType")),
+            "id": name,
+            "name": name,
+            "displayName": name,
+            "projectId": "1",
+            "tags": [],
+            "state": "finished",
+            "config": json.dumps(run.config),
+            "readOnly": False,
+            "createdAt": "2026-01-01T00:00:00",
+            "heartbeatAt": "2026-01-01T00:00:00",
+            "historyLineCount": len(run.history),
+            "systemMetrics": nothing,
+            "summaryMetrics": nothing,
+            "user": {"name": "me", "username": "me"},
+        }
+
     def _upsert(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = variables["name"]
         run = self.runs.setdefault(name, SentRun())
@@ -106,6 +136,8 @@ class StandIn:
 
     def stream(self, name: str, content: dict[str, Any]) -> None:
         run = self.runs[name]
+        if content.get("complete"):
+            run.exit_codes.append(content["exitcode"])
         for file, part in content.get("files", {}).items():
             lines = [json.loads(line) for line in part["content"]]
             if file == "wandb-history.jsonl":
@@ -131,9 +163,9 @@ def stand_in() -> Iterator[StandIn]:
             state.everything.append(body.decode(errors="replace"))
             return body
 
-        def _answer(self, value: Any) -> None:
+        def _answer(self, value: Any, code: int = 200) -> None:
             body = json.dumps(value).encode()
-            self.send_response(200)
+            self.send_response(code)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -153,7 +185,11 @@ def stand_in() -> Iterator[StandIn]:
                 self._answer({"data": state.graphql(asked["query"], asked.get("variables") or {})})
                 return
             if self.path.endswith("/file_stream"):
-                state.stream(self.path.split("/")[-2], json.loads(body))
+                name = self.path.split("/")[-2]
+                if name in state.refuses:
+                    self._answer({"error": "refused"}, 403)
+                    return
+                state.stream(name, json.loads(body))
             self._answer({"exitcode": None, "limits": {}})
 
     class Server(ThreadingHTTPServer):

@@ -13,6 +13,7 @@ display.py    tables of all that
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -29,8 +30,14 @@ from rich.console import Console
 from bdhf.config import ConfigError, device_of
 from bdhf.experiment import CONFIGS
 from bdhf.mirror import mirrored
-from bdhf.runner import title
-from bdhf.sweep.display import LiveTable, disk_in_words, failure_table, make_console, plan_table
+from bdhf.sweep.display import (
+    LiveTable,
+    disk_in_words,
+    failure_table,
+    make_console,
+    plan_table,
+    result_table,
+)
 from bdhf.sweep.estimate import Estimate, duration
 from bdhf.sweep.grid import CONFIG_NAME, Grid, GridRun, expand
 from bdhf.sweep.launching import Orders, launch
@@ -80,74 +87,85 @@ def plan(arguments: Sequence[str]) -> int:
 def _expanded(arguments: Sequence[str], use: Callable[[Grid], int]) -> int:
     for argument in arguments:
         if "=" not in argument and not argument.startswith("~"):
-            print(
-                f"error: {argument}: a sweep takes key=value and --multirun only", file=sys.stderr
-            )
+            _complain(f"{argument}: a sweep takes key=value and --multirun only")
             return 1
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             grid = expand(arguments)
             for message, count in grid.refused.items():
-                runs = f" ({count} runs)" if count > 1 else ""
-                print(f"error: {message}{runs}", file=sys.stderr)
-            return use(grid) or int(bool(grid.refused))
+                _complain(f"{message} ({count} runs)" if count > 1 else message)
+            if not grid.runs:
+                return 1
+            exit_code = use(grid)
+            if grid.refused:
+                _complain(f"{sum(grid.refused.values())} runs were refused, as said at the start")
+            return exit_code or int(bool(grid.refused))
     except OverrideParseException as error:
-        print(f"error: {error.override}: {error}", file=sys.stderr)
-        return 1
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        _complain(f"{error.override}: {error}")
+    except (ConfigError, HydraException, OmegaConfBaseException, OSError) as error:
+        _complain(str(error))
+    return 1
+
+
+def _complain(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr)
 
 
 def _show_plan(grid: Grid, console: Console) -> int:
-    if not grid.runs:
-        return 0
     states = [look(run) for run in grid.runs]
-    jobs = _at_once(_launcher_config(grid))
+    launcher = _launcher_config(grid)
+    jobs = _at_once(launcher)
     estimate = Estimate(states, jobs)
     console.print(plan_table(states, estimate))
     console.print(in_words(states))
     at_once = f", {jobs} runs at once" if jobs > 1 else ""
-    console.print(f"{estimate.words()} on this machine{at_once}, if CG uses all its iterations")
+    if "submitit" in launcher._target_:
+        console.print("the times are this machine's; how fast the cluster is, nobody here knows")
+    elif estimate.total():
+        console.print(f"{estimate.words()} on this machine{at_once}, if CG uses all its iterations")
     console.print(disk_in_words(estimate, Path(grid.runs[0].config.results)))
     return 0
 
 
 def _make(grid: Grid, command: str, started: float, console: Console) -> int:
+    launcher = _launcher_config(grid)  # refused where it is wrong, whatever is left to do
     states = [look(run) for run in grid.runs]
     left = [state.run for state in states if state.standing not in ("finished", "diverged")]
     failed: dict[Path, str] = {}
     outcome: Outcome | None = None
-    if left:
-        console.print(in_words(states))
-        failed, outcome = _launch(grid, left, command, started, console)
-    if outcome is not None:
-        console.print(f"stopped, {outcome.reason}")
-    states = [look(run) for run in grid.runs]
-    _conclude(states, failed, console)
+    with mirrored([run.folder().path for run in left], grid.runs[0].config.wandb):
+        if left:
+            console.print(in_words(states))
+            failed, outcome = _launch(grid, left, launcher, command, started, console)
+        if outcome is not None:
+            console.print(f"stopped, {outcome.reason}")
+        states = [look(run) for run in grid.runs]
+        _conclude(states, failed, console)
     if outcome is not None and outcome.exit_code:
         return outcome.exit_code
     return int(bool(failed) or any(state.standing == "failed" for state in states))
 
 
 def _launch(
-    grid: Grid, left: list[GridRun], command: str, started: float, console: Console
+    grid: Grid,
+    left: list[GridRun],
+    launcher: DictConfig,
+    command: str,
+    started: float,
+    console: Console,
 ) -> tuple[dict[Path, str], Outcome | None]:
     """Make the runs that are left; what went wrong, and why it was stopped, if it was."""
-    config, launcher = left[0].config, _launcher_config(grid)
+    config = left[0].config
     at_once, jobs = _at_once(launcher), "submitit" in launcher._target_
     if not jobs:
         _warn_of_days([look(run) for run in left], at_once, console)
     stop_file = Path(config.results) / "runs" / ".sweep" / f"stop-{os.getpid()}-{started:.0f}"
     stop_file.parent.mkdir(parents=True, exist_ok=True)
     shown, process = not console.is_terminal, os.getpid()
-    orders = Orders(command, started, config.time_limit, stop_file, process, shown, jobs)
+    labels = {run.folder().path: run.label for run in left}
+    orders = Orders(command, started, config.time_limit, stop_file, process, shown, labels, jobs)
     try:
-        with (
-            mirrored([run.folder().path for run in left], config.wandb),
-            orders.stopping() as stopping,
-            LiveTable(grid.runs, console, at_once),
-        ):
+        with orders.stopping() as stopping, LiveTable(grid.runs, console, at_once):
             failed = launch(replace(grid, runs=left), orders, stopping, console.print)
     except KeyboardInterrupt:  # the second Ctrl-C; jobs that still wait are to find the file
         return {}, Outcome("stopped", "interrupted", 128 + signal.SIGINT)
@@ -159,10 +177,12 @@ def _launch(
 
 def _conclude(states: Sequence[State], failed: dict[Path, str], console: Console) -> None:
     """Say what has come of it, and what there is to do."""
+    if len(states) <= _NAMED and (results := result_table(states)) is not None:
+        console.print(results)
     console.print(in_words(states))
     for state in states:
         if state.standing == "diverged":
-            console.print(f"diverged: {title(state.run.config)}: {state.folder.reason}")
+            console.print(f"diverged: {state.run.label}: {state.folder.reason}")
     if (table := failure_table(states, failed)) is not None:
         console.print(table)
     running = sum(state.standing == "running" for state in states)
@@ -170,8 +190,7 @@ def _conclude(states: Sequence[State], failed: dict[Path, str], console: Console
         console.print(f"{running} are being made by another process")
     left = [s for s in states if s.standing == "left" and s.folder.path not in failed]
     for state in left[:_NAMED]:
-        done = f"{state.updates} of {state.run.config.updates} updates made"
-        console.print(f"left: {title(state.run.config)}, {done}")
+        console.print(f"left: {state.run.label}, {state.reached}")
     if len(left) > _NAMED:
         console.print(f"left: {len(left) - _NAMED} more; make plan shows them all")
     if left or table is not None:
@@ -191,7 +210,12 @@ def _warn_of_days(states: Sequence[State], jobs: int, console: Console) -> None:
 
 def _launcher_config(grid: Grid) -> DictConfig:
     overrides = [*grid.hydra, *grid.runs[0].overrides]
-    return compose(CONFIG_NAME, overrides, return_hydra_config=True).hydra.launcher
+    launcher: DictConfig = compose(CONFIG_NAME, overrides, return_hydra_config=True).hydra.launcher
+    if OmegaConf.select(launcher, "n_jobs") == 0:
+        raise ConfigError("hydra.launcher.n_jobs=0: must be 1 or more, or -1 for one a core")
+    if launcher._target_.endswith("SlurmLauncher") and shutil.which("srun") is None:
+        raise ConfigError("hydra/launcher=slurm: there is no Slurm here (no srun on the PATH)")
+    return launcher
 
 
 def _at_once(launcher: DictConfig) -> int:

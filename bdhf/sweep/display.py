@@ -13,10 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bdhf.progress import LastingConsole, described
-from bdhf.runner import title
 from bdhf.sweep.estimate import Estimate, duration
 from bdhf.sweep.grid import GridRun
-from bdhf.sweep.state import STANDINGS, State, counted, in_words, look
+from bdhf.sweep.state import State, counted, in_words, look
 
 #: Columns where the output is no terminal, so that paths stay on one line.
 _WIDE = 160
@@ -32,21 +31,34 @@ def make_console() -> Console:
 
 
 def plan_table(states: Sequence[State], estimate: Estimate) -> Table:
-    """One row for each cell: how many of its seeds stand where, and how long the rest will take."""
-    table = Table("experiment", "optimizer", "mini-batch", "curvature", "updates", box=None)
-    for column in (*STANDINGS, "time left"):
-        table.add_column(column, justify="right")
-    cells: dict[tuple[str, ...], list[State]] = {}
+    """One row for each cell: where its seeds stand, and how long the rest will take."""
+    table = _table("cell", "updates", "seeds", "time left")
+    cells: dict[tuple[str, str], list[State]] = {}
     for state in states:
-        config = state.run.config
-        few = config.curvature_batch_size
-        sizes = str(config.batch_size), "" if few is None else str(few), str(config.updates)
-        cells.setdefault((config.experiment, config.optimizer.name, *sizes), []).append(state)
-    for cell, seeds in sorted(cells.items(), key=lambda item: item[0][0]):
-        counts = counted(seeds)
+        name = state.run.label.replace(f" seed {state.run.config.seed}", "")
+        cells.setdefault((name, str(state.run.config.updates)), []).append(state)
+    for cell, seeds in sorted(cells.items(), key=lambda item: item[0][0].split()[0]):
         left = sum(map(estimate.seconds, seeds))
-        numbers = (str(counts.get(standing) or "") for standing in STANDINGS)
-        table.add_row(*cell, *numbers, duration(left) if left else "")
+        words = ", ".join(f"{count} {word}" for word, count in counted(seeds).items())
+        table.add_row(*cell, words, duration(left) if left else "")
+    return table
+
+
+def result_table(states: Sequence[State]) -> Table | None:
+    """What the runs that ended came to; None where none did."""
+    table = _table("run", "", "train loss", "test loss", "test accuracy")
+    for state in states:
+        if state.standing in ("finished", "diverged") and state.row is not None:
+            values = [state.row.get(key) for key in ("train_loss", "test_loss", "test_accuracy")]
+            texts = ("" if value is None else f"{value:.4g}" for value in values)
+            table.add_row(state.run.label, state.standing, *texts)
+    return table if table.row_count else None
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
     return table
 
 
@@ -111,21 +123,30 @@ def live_view(states: Sequence[State], jobs: int) -> Group:
         if state.standing == "running":
             metrics = "" if state.row is None else described(state.row)
             config = state.run.config
-            table.add_row(title(config), f"{state.updates}/{config.updates}", metrics)
+            table.add_row(state.run.label, f"{state.updates}/{config.updates}", metrics)
     left = f"{estimate.words()} left, {jobs} at once"
     return Group(Text(in_words(states)), table, Text(left))
 
 
 def failure_table(states: Sequence[State], failed: dict[Path, str]) -> Table | None:
     """Which runs failed, why, and the log of each; None where none did."""
-    table = Table("failed", "reason", "log", box=None)
-    for column in table.columns:
-        column.overflow = "fold"
+    rows = []
     for state in states:
         folder = state.folder
         recorded = state.standing == "failed"
         if recorded or folder.path in failed:
             reason = folder.reason if recorded else failed[folder.path]
             log = str(folder.error_log) if recorded and folder.error_log.exists() else ""
-            table.add_row(title(state.run.config), Text(reason), Text(log))
-    return table if table.row_count else None
+            rows.append((state.run.label, reason, log))
+    if not rows:
+        return None
+    logs = any(log for _, _, log in rows)
+    table = Table("failed", "reason", *(["log"] if logs else []), box=None)
+    for column in table.columns:
+        column.overflow = "fold"
+    before = None
+    for label, reason, log in rows:
+        cells = [Text(label), Text("the same" if reason == before else reason), Text(log)]
+        table.add_row(*(cells if logs else cells[:2]))
+        before = reason
+    return table

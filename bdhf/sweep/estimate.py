@@ -26,6 +26,9 @@ _TRIAL_ROWS = 500
 #: What evaluation, set-up and writing add to the time of the updates, where it is not known.
 _BESIDES = 1.15
 
+#: Seconds of updates below which a run that is not finished tells too little.
+_TELLING = 5.0
+
 #: What is on disk while a run is made: two checkpoints and the one being written.
 _CHECKPOINTS_MEANWHILE = 3
 
@@ -121,6 +124,8 @@ def _seconds_an_update(states: Iterable[State]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for state in states:
         if state.row is None or not state.updates:
+            continue
+        if state.standing != "finished" and float(state.row["seconds"] or 0.0) < _TELLING:
             continue
         sessions = state.folder.provenance.get("sessions", [])
         device = device_of(state.run.config)

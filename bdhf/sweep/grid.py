@@ -17,7 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bdhf.config import Config, ConfigError, check_against_data, checked, register
 from bdhf.experiment import experiment_names, find_experiment
-from bdhf.record import RunFolder
+from bdhf.record import RunFolder, first_line
+from bdhf.runner import title
+
+#: What `title` tells of a run anyway.
+_IN_TITLE = ("experiment", "optimizer", "cell", "batch_size", "curvature_batch_size", "seed")
 
 #: The one config of all experiments, ``configs/run.yaml``.
 CONFIG_NAME = "run"
@@ -25,10 +29,17 @@ CONFIG_NAME = "run"
 
 @dataclass(frozen=True)
 class GridRun:
-    """One run of a sweep: how Hydra composes its config, and the config."""
+    """One run of a sweep.
+
+    Attributes:
+        overrides: how Hydra composes its config.
+        config: the config.
+        label: the run in a few words that tell it from the others.
+    """
 
     overrides: tuple[str, ...]
     config: Config
+    label: str
 
     def folder(self) -> RunFolder:
         """Its folder as it is now."""
@@ -73,7 +84,14 @@ def expand(arguments: Sequence[str]) -> Grid:
             known = runs.setdefault(path, run)
             if run.config.updates > known.config.updates:
                 runs[path] = run
-    return Grid(sorted(runs.values(), key=lambda run: run.config.seed), refused, hydra)
+    ordered = sorted(runs.values(), key=lambda run: run.config.seed)
+    swept = {key for key, values in axes.items() if len(values) > 1 and key not in _IN_TITLE}
+    return Grid([_labelled(run, swept) for run in ordered], refused, hydra)
+
+
+def _labelled(run: GridRun, swept: set[str]) -> GridRun:
+    values = [text for text in run.overrides if text.partition("=")[0] in swept]
+    return dataclasses.replace(run, label=" ".join([title(run.config), *values]))
 
 
 def _points(
@@ -110,10 +128,13 @@ def _runs(point: tuple[tuple[str, ...], list[str]], refused: dict[str, int]) -> 
                 config = checked(compose(CONFIG_NAME, list(mine)))
                 check_against_data(config)
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
-            refused[str(error)] = refused.get(str(error), 0) + 1
+            message = str(error)
+            if error.__cause__ is not None:
+                message += f": {first_line(error.__cause__)}"
+            refused[message] = refused.get(message, 0) + 1
             config = None
             continue
-        yield GridRun(mine, config)
+        yield GridRun(mine, config, title(config))
 
 
 def _choices(override: Override) -> list[str]:

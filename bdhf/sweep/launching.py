@@ -22,7 +22,7 @@ from bdhf.config import ConfigError, checked
 from bdhf.data import DataError
 from bdhf.experiment import EXPERIMENTS, find_experiment
 from bdhf.progress import say
-from bdhf.record import first_line
+from bdhf.record import RunFolder, first_line
 from bdhf.runner import run as make_run
 from bdhf.stopping import Stopping
 from bdhf.sweep.grid import CONFIG_NAME, Grid, GridRun
@@ -42,6 +42,7 @@ class Orders:
         stop_file: where there is such a file, the sweep is to stop.
         process: the sweep's own.
         shown: whether each run displays its progress.
+        labels: what the runs are called there, by folder.
         jobs: whether the runs are jobs of a cluster: they outlive the sweep's process, and the
             cluster's signals are about one of them.
     """
@@ -52,6 +53,7 @@ class Orders:
     stop_file: Path
     process: int
     shown: bool
+    labels: dict[Path, str]
     jobs: bool = False
 
     def stopping(self) -> Stopping:
@@ -104,6 +106,8 @@ def launch(
         word = _launch_once(grid, batch, task, failed)
         if word is None:
             continue
+        if not stopping():
+            note(f"a process died, or never began, and the others with it; going on. {word}")
         # Where none was begun, they die on their way there, and nobody knows which.
         died = [run.folder().path for run in batch if _was_being_made(run, began)]
         deaths.update(died or [run.folder().path for run in batch])
@@ -122,8 +126,10 @@ def _launch_once(
         for run, job in zip(runs, returns, strict=True):
             if job.return_value is not None:
                 failed[run.folder().path] = job.return_value
-    except Exception as error:  # each launcher has its own for this, and names causes last
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1].strip()}"
+    except Exception as error:  # each launcher has its own for this
+        lines = str(error).strip().splitlines() or [""]
+        telling = [line for line in lines if "exit code" in line] or lines[-1:]
+        return f"{type(error).__name__}: {telling[0].strip()}"
     return None
 
 
@@ -149,9 +155,10 @@ class _Task:
     def __call__(self, composed: DictConfig) -> str | None:
         """Make the run; what went wrong before it had a folder to say so, if anything did."""
         orders = self.orders
-        if os.getpid() != orders.process and not orders.jobs:
+        if os.getpid() != orders.process:
             # Between two runs a worker minds the stop file only: its death would end the others.
-            for number in (signal.SIGINT, signal.SIGTERM):
+            # A cluster's SIGTERM is submitit's.
+            for number in (signal.SIGINT,) if orders.jobs else (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
         with orders.stopping() as stopping:
             word = self._make(composed, stopping) if stopping() is None else None
@@ -165,8 +172,10 @@ class _Task:
         try:
             config = checked(composed)
             experiment = find_experiment(config.experiment)
-            ended = make_run(experiment, config, stopping, self.orders.command, self.orders.shown)
-            if self.orders.shown:
+            orders = self.orders
+            label = orders.labels.get(RunFolder(config).path)
+            ended = make_run(experiment, config, stopping, orders.command, orders.shown, label)
+            if orders.shown:
                 say(str(ended))
         except (ConfigError, DataError) as error:
             return str(error)

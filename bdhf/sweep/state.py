@@ -33,6 +33,15 @@ class State:
     row: Row | None
 
     @property
+    def reached(self) -> str:
+        """How far it is, in words."""
+        if self.folder.status == "stopped":
+            return f"stopped at update {self.folder.updates_done} of {self.run.config.updates}"
+        if self.row is None:
+            return "not begun"
+        return f"last seen at update {self.updates} of {self.run.config.updates}"
+
+    @property
     def updates(self) -> int:
         """Updates that need not be made again, at least up to the last evaluation."""
         return 0 if self.row is None else int(self.row["update"] or 0)
