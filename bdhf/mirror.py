@@ -37,6 +37,7 @@ from bdhf.record import (
     first_line,
     read_metrics,
     read_provenance,
+    sizes_in_short,
     write_json,
 )
 from bdhf.summary import best, final, updates_to
@@ -68,8 +69,7 @@ def identity(folder: Path) -> dict[str, Any]:
     """The arguments of ``wandb.init`` that say which run it is: always the same for a folder."""
     settings: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     provenance = read_provenance(folder)
-    few = settings["curvature_batch_size"]
-    sizes = f"b{settings['batch_size']}" + ("" if few is None else f"-c{few}")
+    sizes = sizes_in_short(settings["batch_size"], settings["curvature_batch_size"])
     optimizer = settings["optimizer"]["name"]
     sessions = provenance.get("sessions", [])
     described = [session.get("git_describe") or session.get("git_commit") for session in sessions]
@@ -135,7 +135,8 @@ class RunMirror:
             return False
         try:
             if self._run is None and not self._open():
-                return False  # another process mirrors it
+                self._let_go()  # another process mirrors it
+                return False
             for row in rows[self._sent :]:
                 step = int(row["update"] or 0)
                 if step >= self._first:  # W&B has those before, from an earlier time

@@ -55,7 +55,7 @@ class RunFolder:
         self.path = runs.joinpath(*place)
         self._lock = _lock_file(runs, *place)
         self._rows: list[Row] = []
-        self._provenance = self._read_provenance()
+        self._provenance = read_provenance(self.path)
 
     @property
     def status(self) -> str:
@@ -89,7 +89,7 @@ class RunFolder:
     def held_alone(self) -> Iterator[bool]:
         """Keep other processes out of the run; False where one is at work on it already."""
         with _alone(self._lock) as free:
-            self._provenance = self._read_provenance()  # others may have been here before
+            self._provenance = read_provenance(self.path)  # others may have been here before
             yield free
 
     def held(self) -> bool:
@@ -233,9 +233,6 @@ class RunFolder:
         self._provenance.update(status=status, reason=reason)
         write_json(self.path / "provenance.json", self._provenance)
 
-    def _read_provenance(self) -> dict[str, Any]:
-        return read_provenance(self.path)
-
 
 @contextmanager
 def alone_with(runs: Path, scale: str, experiment: str, name: str) -> Iterator[bool]:
@@ -263,9 +260,14 @@ def _alone(file: Path) -> Iterator[bool]:
 
 def name(config: Config) -> str:
     """The name of a run's folder: what one looks for, and a hash over all that counts."""
-    curvature = config.curvature_batch_size
-    sizes = f"b{config.batch_size}" + ("" if curvature is None else f"-c{curvature}")
+    sizes = sizes_in_short(config.batch_size, config.curvature_batch_size)
     return f"{config.optimizer.name}-{sizes}-seed{config.seed}-{settings_hash(settings_of(config))}"
+
+
+def sizes_in_short(batch_size: int, curvature_batch_size: int | None) -> str:
+    """As ``b2000-c250``, or ``b125`` without a curvature mini-batch."""
+    few = "" if curvature_batch_size is None else f"-c{curvature_batch_size}"
+    return f"b{batch_size}{few}"
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from bdhf.functional import RandomState
 from bdhf.machine import use_machine
 from bdhf.optimizer import BlockDiagonalHF, BlockStep, StepReport
 from bdhf.progress import ProgressDisplay, say
-from bdhf.record import RunFolder
+from bdhf.record import RunFolder, sizes_in_short
 from bdhf.stopping import Stopping
 from bdhf.training import (
     Outcome,
@@ -323,8 +323,7 @@ class _CheckpointWriter:
 
 def title(config: Config) -> str:
     """A run in a few words, for people."""
-    curvature = config.curvature_batch_size
-    sizes = f"b{config.batch_size}" + ("" if curvature is None else f" c{curvature}")
+    sizes = sizes_in_short(config.batch_size, config.curvature_batch_size).replace("-", " ")
     return f"{config.experiment} {config.optimizer.name} {sizes} seed {config.seed}"
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -39,7 +39,7 @@ from bdhf.sweep.display import (
     result_table,
 )
 from bdhf.sweep.estimate import Estimate, duration
-from bdhf.sweep.grid import CONFIG_NAME, Grid, GridRun, expand
+from bdhf.sweep.grid import Grid, GridRun, expand
 from bdhf.sweep.launching import Orders, launch
 from bdhf.sweep.state import State, in_words, look
 from bdhf.training import Outcome
@@ -130,7 +130,7 @@ def _show_plan(grid: Grid, console: Console) -> int:
 def _make(grid: Grid, command: str, started: float, console: Console) -> int:
     launcher = _launcher_config(grid)  # refused where it is wrong, whatever is left to do
     states = [look(run) for run in grid.runs]
-    left = [state.run for state in states if state.standing not in ("finished", "diverged")]
+    left = [state.run for state in states if state.is_open]
     failed: dict[Path, str] = {}
     outcome: Outcome | None = None
     with mirrored([run.folder().path for run in left], grid.runs[0].config.wandb):
@@ -209,8 +209,7 @@ def _warn_of_days(states: Sequence[State], jobs: int, console: Console) -> None:
 
 
 def _launcher_config(grid: Grid) -> DictConfig:
-    overrides = [*grid.hydra, *grid.runs[0].overrides]
-    launcher: DictConfig = compose(CONFIG_NAME, overrides, return_hydra_config=True).hydra.launcher
+    launcher: DictConfig = grid.composed(grid.runs[0]).hydra.launcher
     if OmegaConf.select(launcher, "n_jobs") == 0:
         raise ConfigError("hydra.launcher.n_jobs=0: must be 1 or more, or -1 for one a core")
     if launcher._target_.endswith("SlurmLauncher") and shutil.which("srun") is None:

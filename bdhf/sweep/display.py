@@ -48,7 +48,7 @@ def result_table(states: Sequence[State]) -> Table | None:
     """What the runs that ended came to; None where none did."""
     table = _table("run", "", "train loss", "test loss", "test accuracy")
     for state in states:
-        if state.standing in ("finished", "diverged") and state.row is not None:
+        if not state.is_open and state.row is not None:
             values = [state.row.get(key) for key in ("train_loss", "test_loss", "test_accuracy")]
             texts = ("" if value is None else f"{value:.4g}" for value in values)
             table.add_row(state.run.label, state.standing, *texts)
@@ -109,10 +109,7 @@ class LiveTable:
             self._live.update(live_view(self._states, self._jobs), refresh=True)
             if self._over.wait(_REFRESH):
                 return
-            self._states = [
-                state if state.standing in ("finished", "diverged") else look(state.run)
-                for state in self._states
-            ]
+            self._states = [look(state.run) if state.is_open else state for state in self._states]
 
 
 def live_view(states: Sequence[State], jobs: int) -> Group:

@@ -51,7 +51,7 @@ class Estimate:
     def seconds(self, state: State) -> float:
         """Seconds a run still needs on this machine, all iterations of CG used."""
         left = max(state.run.config.updates - state.updates, 0)
-        if not left or not _is_open(state):
+        if not left or not state.is_open:
             return 0.0
         key = _cell(state.run.config)
         if key not in self._made and self._by_trials:
@@ -65,13 +65,13 @@ class Estimate:
 
     def words(self) -> str:
         """As ``about 12 min``, or ``at least 12 min`` where some runs are left out."""
-        missing = any(_cell(s.run.config) not in self._made for s in self._states if _is_open(s))
+        missing = any(_cell(s.run.config) not in self._made for s in self._states if s.is_open)
         return f"{'at least' if missing else 'about'} {duration(self.total())}"
 
     def disk(self) -> tuple[int, int]:
         """Bytes that the runs' folders have now, and about those they will have."""
         now = sum(_bytes_of(state) for state in self._states)
-        open_states = [state for state in self._states if _is_open(state)]
+        open_states = [state for state in self._states if state.is_open]
         kept = sum(max(self._checkpoint_bytes(s) - _bytes_of(s), 0) for s in open_states)
         meanwhile = max(map(self._checkpoint_bytes, open_states), default=0) * self._jobs
         return now, now + kept + _CHECKPOINTS_MEANWHILE * meanwhile
@@ -108,10 +108,6 @@ class Estimate:
 
     def _checkpoint_bytes(self, state: State) -> int:
         return self._work(state.run.config)[1]
-
-
-def _is_open(state: State) -> bool:
-    return state.standing not in ("finished", "diverged")
 
 
 def _cell(config: Config) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from bdhf.config import Config, ConfigError, check_against_data, checked, register
@@ -57,8 +59,12 @@ class Grid:
     """
 
     runs: list[GridRun]
-    refused: dict[str, int]
+    refused: Counter[str]
     hydra: list[str]
+
+    def composed(self, run: GridRun) -> DictConfig:
+        """A run's config with Hydra's own part, which launchers are made from."""
+        return compose(CONFIG_NAME, [*self.hydra, *run.overrides], return_hydra_config=True)
 
 
 def expand(arguments: Sequence[str]) -> Grid:
@@ -76,7 +82,7 @@ def expand(arguments: Sequence[str]) -> Grid:
     axes |= {o.get_key_element(): _choices(o) for o in own}
     hydra = [str(o.input_line) for o in given if o.is_hydra_override()]
     runs: dict[Path, GridRun] = {}
-    refused: dict[str, int] = {}
+    refused = Counter[str]()
     for points in _points(axes, parser, refused):
         for run in _runs(points, refused):
             # Two cells may be one run, where sizes are given on the command line.
@@ -95,7 +101,7 @@ def _labelled(run: GridRun, swept: set[str]) -> GridRun:
 
 
 def _points(
-    axes: dict[str, list[str]], parser: OverridesParser, refused: dict[str, int]
+    axes: dict[str, list[str]], parser: OverridesParser, refused: Counter[str]
 ) -> Iterator[tuple[tuple[str, ...], list[str]]]:
     """Overrides without their seed, and the seeds to take with them."""
     outer = ("experiment", "scale")  # what the defaults of the others hang on
@@ -103,7 +109,7 @@ def _points(
         try:
             composed = compose(CONFIG_NAME, list(chosen), return_hydra_config=True)
         except HydraException as error:
-            refused[str(error)] = refused.get(str(error), 0) + 1
+            refused[str(error)] += 1
             continue
         defaults = [f"{key}={value}" for key, value in composed.hydra.sweeper.params.items()]
         inner = {o.get_key_element(): _choices(o) for o in parser.parse_overrides(defaults)}
@@ -113,7 +119,7 @@ def _points(
             yield (*chosen, *point), seeds
 
 
-def _runs(point: tuple[tuple[str, ...], list[str]], refused: dict[str, int]) -> Iterator[GridRun]:
+def _runs(point: tuple[tuple[str, ...], list[str]], refused: Counter[str]) -> Iterator[GridRun]:
     overrides, seeds = point
     config: Config | None = None
     for seed in seeds:
@@ -131,7 +137,7 @@ def _runs(point: tuple[tuple[str, ...], list[str]], refused: dict[str, int]) -> 
             message = str(error)
             if error.__cause__ is not None:
                 message += f": {first_line(error.__cause__)}"
-            refused[message] = refused.get(message, 0) + 1
+            refused[message] += 1
             config = None
             continue
         yield GridRun(mine, config, title(config))

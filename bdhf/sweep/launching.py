@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra import compose
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
@@ -25,7 +24,7 @@ from bdhf.progress import say
 from bdhf.record import RunFolder, first_line
 from bdhf.runner import run as make_run
 from bdhf.stopping import Stopping
-from bdhf.sweep.grid import CONFIG_NAME, Grid, GridRun
+from bdhf.sweep.grid import Grid, GridRun
 
 #: Seconds between two looks at runs that other processes are at work on.
 _PAUSE = 1.0
@@ -139,8 +138,7 @@ def _launcher(grid: Grid, runs: Sequence[GridRun], task: _Task) -> Launcher:
     folders = [f for f in os.environ.get("PYTHONPATH", "").split(os.pathsep) if f]
     if str(EXPERIMENTS) not in folders:
         os.environ["PYTHONPATH"] = os.pathsep.join([*folders, str(EXPERIMENTS)])
-    overrides = [*grid.hydra, *runs[0].overrides]
-    config = compose(CONFIG_NAME, overrides, return_hydra_config=True)
+    config = grid.composed(runs[0])
     loader = GlobalHydra.instance().config_loader()
     context = HydraContext(config_loader=loader, callbacks=Callbacks(config))
     return Plugins.instance().instantiate_launcher(context, task, config)

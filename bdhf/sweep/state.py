@@ -33,6 +33,11 @@ class State:
     row: Row | None
 
     @property
+    def is_open(self) -> bool:
+        """Whether something is left to do."""
+        return self.standing not in ("finished", "diverged")
+
+    @property
     def reached(self) -> str:
         """How far it is, in words."""
         if self.folder.status == "stopped":
