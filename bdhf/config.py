@@ -178,14 +178,24 @@ def settings_of(config: Config) -> dict[str, Any]:
 def settings_hash(settings: dict[str, Any], without: tuple[str, ...] = ()) -> str:
     """Eight hex digits over all of `settings_of` that changes a run's curve.
 
+    What is null stays out, so that a setting added later, null by default, renames no run.
+
     Args:
         settings: a run's settings, from `settings_of` or its ``config.yaml``.
         without: further keys to leave out: runs that differ in these alone have the same hash.
     """
     values = {k: v for k, v in settings.items() if k not in (*_OUTSIDE_THE_HASH, *without)}
     values["data"] = {k: v for k, v in values["data"].items() if k != "root"}
-    text = json.dumps(values, sort_keys=True)
+    text = json.dumps(_without_nulls(values), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_nulls(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value is not None
+    }
 
 
 def device_of(config: Config) -> torch.device:

@@ -125,6 +125,11 @@ def test_hash_covers_what_changes_the_curve_and_nothing_else() -> None:
     }
     assert len(changed) == 10 and original not in changed
 
+    # A setting added later, null by default, renames no run that was made before.
+    values = settings_of(config("autoencoder", *TINY_HF))
+    later = {**values, "new": None, "data": {**values["data"], "new": None}}
+    assert settings_hash(later) == original != settings_hash({**values, "new": 1})
+
 
 def test_saved_settings_are_resolved_and_without_helper_tables() -> None:
     values = settings_of(config("autoencoder", *TINY_HF))
