@@ -26,8 +26,8 @@ SWEEP  += $(OVERRIDES)
 .DEFAULT_GOAL := help
 EXPERIMENTS := autoencoder lstm resnet
 
-.PHONY: help setup demo test test-slow bench plan reproduce-all collect figures clean
-.PHONY: wandb-sync wandb-dashboard
+.PHONY: help setup demo test test-slow bench plan reproduce-all tune measure collect figures report
+.PHONY: clean wandb-sync wandb-dashboard
 .PHONY: $(addprefix reproduce-,$(EXPERIMENTS))
 
 help: ## list the targets
@@ -56,10 +56,12 @@ demo: $(READY) ## all experiments and optimizers, small: about a minute, nothing
 	@$(MAKE) --no-print-directory reproduce-all SCALE=demo
 
 plan: $(READY) ## what is done at SCALE, what is left, how long that will take
-	$(SWEEP) --plan all
+	$(SWEEP) --plan all study=null,blocks
 
-reproduce-all: $(READY) ## every figure: every run of every experiment at SCALE
-	$(SWEEP) all
+reproduce-all: $(READY) ## every run of every experiment at SCALE, then figures, verdicts, the page
+	$(SWEEP) all study=null,blocks
+	$(RUN) scripts/measure.py $(SCALE) --results $(RESULTS)
+	$(RUN) scripts/report.py $(SCALE) --results $(RESULTS)
 
 reproduce-autoencoder: ## figure 1
 reproduce-lstm: ## figure 2
@@ -67,11 +69,20 @@ reproduce-resnet: ## figure 3
 $(addprefix reproduce-,$(EXPERIMENTS)): reproduce-%: $(READY)
 	$(SWEEP) $*
 
+tune: $(READY) ## try other settings, one at a time, on a validation split (configs/studies/tuning.yaml)
+	$(SWEEP) all study=tuning
+
+measure: $(READY) ## time updates and count CG iterations on finished runs; leave the machine alone
+	$(RUN) scripts/measure.py $(SCALE) --results $(RESULTS)
+
 collect: $(READY) ## merge run folders, also those in archives FROM=..., into results/SCALE
 	$(RUN) scripts/collect.py $(SCALE) --results $(RESULTS) $(if $(FROM),--from $(FROM))
 
 figures: $(READY) ## redraw the figures of SCALE from results/SCALE/curves.csv
 	$(RUN) scripts/figures.py $(SCALE) --results $(RESULTS)
+
+report: $(READY) ## verdicts, report.md and report.html of SCALE, from the tables in results/SCALE
+	$(RUN) scripts/report.py $(SCALE) --results $(RESULTS)
 
 wandb-sync: $(READY) ## publish ended runs of SCALE to Weights & Biases, each once
 	$(RUN) scripts/wandb_sync.py $(SCALE) --results $(RESULTS) $(addprefix --project ,$(PROJECT)) \

@@ -9,8 +9,9 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from bdhf.config import ConfigError, checked, register
+from bdhf.config import checked, register
 from bdhf.data import DataError
+from bdhf.errors import ConfigError
 from bdhf.experiment import CONFIGS, Experiment
 from bdhf.mirror import mirrored
 from bdhf.progress import say

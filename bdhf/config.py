@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -18,36 +17,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bdhf.data import TRAIN_ROWS
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names the key and what is allowed."""
-
-
-@dataclass
-class OptimizerConfig:
-    """What all optimizers have."""
-
-    name: str = MISSING
-    lr: float = MISSING
-
-
-@dataclass
-class AdamConfig(OptimizerConfig):
-    """Adam (Kingma and Ba 2015), torch's implementation."""
-
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-
-
-@dataclass
-class HessianFreeConfig(OptimizerConfig):
-    """`BlockDiagonalHF`; whether its blocks are the experiment's or one is decided by its name."""
-
-    damping: float = MISSING
-    cg_max_iter: int = MISSING
-    cg_tol: float = MISSING
-    cg_momentum: float = MISSING
+from bdhf.errors import ConfigError, require
+from bdhf.methods import Method, settings_types
 
 
 @dataclass
@@ -63,10 +34,15 @@ class HessianFreeSettings:
 
 @dataclass
 class DataConfig:
-    """Which data set, and where it lies or goes."""
+    """Which data set, and where it lies or goes.
+
+    With ``validation_rows``, so many rows of the training set, drawn at random, are held out and
+    take the place of the test set: for tuning.
+    """
 
     name: str = MISSING
     root: str = MISSING
+    validation_rows: int | None = None
 
 
 @dataclass
@@ -87,6 +63,15 @@ class TargetConfig:
 
 
 @dataclass
+class FigureConfig:
+    """How an experiment's curves are drawn: its figure's number and title, and what is shown."""
+
+    number: int = MISSING
+    title: str = MISSING
+    panels: dict[str, str] = field(default_factory=dict)  # labels of metrics, from top to bottom
+
+
+@dataclass
 class Config:
     """Everything a run depends on. Comments say what a key does; values are in ``configs/``."""
 
@@ -94,7 +79,7 @@ class Config:
     scale: str = MISSING
     network: Any = MISSING
     data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = MISSING
+    optimizer: Method = MISSING
     seed: int = 0
 
     # Which of the optimizer's cells gives the four sizes below, where they are not given: its
@@ -117,6 +102,9 @@ class Config:
     results: str = "results"
     wandb: WandbConfig = field(default_factory=WandbConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
+    figure: FigureConfig | None = None
+    # Which of configs/studies/ the run belongs to; null: the figures.
+    study: str | None = None
 
     # Tables that the values above point into.
     hessian_free: HessianFreeSettings = field(default_factory=HessianFreeSettings)
@@ -135,6 +123,7 @@ _OUTSIDE_THE_HASH = (
     "results",
     "wandb",
     "target",
+    "study",
 )
 
 
@@ -142,8 +131,8 @@ def register(experiment: str, network: type) -> None:
     """Tell Hydra the types, an experiment's own for its ``network`` node, and its config's name."""
     store = ConfigStore.instance()
     store.store(name="types", node=Config)
-    store.store(group="optimizer", name="types_adam", node=AdamConfig)
-    store.store(group="optimizer", name="types_hessian_free", node=HessianFreeConfig)
+    for name, settings in settings_types().items():
+        store.store(group="optimizer", name=f"types_{name}", node=settings)
     store.store(group="network", name=experiment, node=network)
     # The same config for all, configs/run.yaml, with this experiment chosen.
     chosen = {"defaults": ["run", {"override experiment": experiment}, "_self_"]}
@@ -162,16 +151,16 @@ def checked(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error)) from error
     _refuse_unknown(composed, config)
-    _check_optimizer(config.optimizer)
+    config.optimizer.check()
     _check_sizes(config)
     _check_machine(config)
     return config
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """The resolved values of a run, without the tables they came from."""
+    """The resolved values of a run, without the tables they came from and how it is drawn."""
     values = asdict(config)
-    del values["hessian_free"], values["cells"]
+    del values["hessian_free"], values["cells"], values["figure"]
     return values
 
 
@@ -190,6 +179,36 @@ def settings_hash(settings: dict[str, Any], without: tuple[str, ...] = ()) -> st
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def changed_settings(
+    settings: dict[str, Any], shipped: dict[str, Any], cells: list[dict[str, Any]]
+) -> str:
+    """What a run has that is not as shipped, as ``optimizer.lr=0.05 ...``; empty: nothing.
+
+    Seed, sizes and all that is outside the hash do not count; how often it was evaluated does where
+    its sizes are those of a cell.
+    """
+    sizes = ("batch_size", "curvature_batch_size")
+    mine = [cell for cell in cells if all(cell[key] == settings[key] for key in sizes)]
+    expected = {**shipped, "evaluate_every": settings["evaluate_every"], **(mine or [{}])[0]}
+    aside = (*_OUTSIDE_THE_HASH, *sizes, "seed")
+    now, before = (
+        _flat({k: v for k, v in _without_nulls(values).items() if k not in aside})
+        for values in (settings, expected)
+    )
+    keys = sorted(key for key in now if key != "data.root" and now[key] != before.get(key))
+    return " ".join(f"{key}={now[key]}".replace(" ", "") for key in keys)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
 def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
     return {
         key: _without_nulls(value) if isinstance(value, dict) else value
@@ -205,16 +224,19 @@ def device_of(config: Config) -> torch.device:
     return torch.device(config.device)
 
 
-def require(condition: bool, key: str, value: Any, allowed: str) -> None:
-    """Raise a `ConfigError` that names the key, its value and what is allowed."""
-    if not condition:
-        raise ConfigError(f"{key}={value}: must be {allowed}")
+#: What a cell gives, unless it is given on its own.
+_OF_THE_CELL = ("batch_size", "curvature_batch_size", "updates", "evaluate_every")
 
 
 def _check_cell(composed: DictConfig) -> None:
+    if not any(OmegaConf.is_interpolation(composed, key) for key in _OF_THE_CELL):
+        return
     name = composed.optimizer.name
-    known = ", ".join(composed.cells)
-    require(name in composed.cells, "optimizer.name", name, f"one of {known}")
+    allowed = (
+        f"one of {', '.join(composed.cells)}, which have sizes in {composed.experiment} at "
+        f"scale={composed.scale}; for another one give {', '.join(_OF_THE_CELL)}"
+    )
+    require(name in composed.cells, "optimizer.name", name, allowed)
     numbers = [str(number) for number in range(len(composed.cells[name]))]
     require(
         composed.cell in numbers,
@@ -237,36 +259,13 @@ def _refuse_unknown(node: Any, typed: Any, prefix: str = "") -> None:
             _refuse_unknown(node[key], getattr(typed, key), f"{prefix}{key}.")
 
 
-def _check_optimizer(optimizer: OptimizerConfig) -> None:
-    zero_or_more = "0 or more, and finite"
-    names = ("adam",) if isinstance(optimizer, AdamConfig) else ("hf", "bdhf")
-    require(
-        optimizer.name in names,
-        "optimizer.name",
-        optimizer.name,
-        f"{' or '.join(names)} here; optimizer=adam, hf or bdhf chooses another optimizer",
-    )
-    if isinstance(optimizer, HessianFreeConfig):
-        for name in ("lr", "damping", "cg_tol"):
-            value = getattr(optimizer, name)
-            require(0 <= value < math.inf, f"optimizer.{name}", value, zero_or_more)
-        cap, momentum = optimizer.cg_max_iter, optimizer.cg_momentum
-        require(cap >= 1, "optimizer.cg_max_iter", cap, "1 or more")
-        require(0 <= momentum <= 1, "optimizer.cg_momentum", momentum, "from 0 to 1")
-    if isinstance(optimizer, AdamConfig):
-        require(0 <= optimizer.lr < math.inf, "optimizer.lr", optimizer.lr, zero_or_more)
-        require(0 <= optimizer.eps < math.inf, "optimizer.eps", optimizer.eps, zero_or_more)
-        inside = len(optimizer.betas) == 2 and all(0 <= beta < 1 for beta in optimizer.betas)
-        require(inside, "optimizer.betas", list(optimizer.betas), "two numbers from 0 to below 1")
-
-
 def _check_sizes(config: Config) -> None:
     for key in ("batch_size", "updates", "evaluate_every", "evaluation_rows"):
         value = getattr(config, key)
         require(value >= 1, key, value, "1 or more")
     require(config.seed >= 0, "seed", config.seed, "0 or more")
     rows = config.curvature_batch_size
-    if isinstance(config.optimizer, HessianFreeConfig):
+    if config.optimizer.uses_curvature:
         require(
             rows is not None and 1 <= rows < config.batch_size,
             "curvature_batch_size",
@@ -277,9 +276,13 @@ def _check_sizes(config: Config) -> None:
     else:
         name = config.optimizer.name
         require(rows is None, "curvature_batch_size", rows, f"null for optimizer={name}")
-    for optional in ("micro_batch", "threads"):
-        value = getattr(config, optional)
-        require(value is None or value >= 1, optional, value, "1 or more, or null")
+    held_out = config.data.validation_rows
+    for key, value in (
+        ("micro_batch", config.micro_batch),
+        ("threads", config.threads),
+        ("data.validation_rows", held_out),
+    ):
+        require(value is None or value >= 1, key, value, "1 or more, or null")
 
 
 def _check_machine(config: Config) -> None:
@@ -315,6 +318,9 @@ def check_against_data(config: Config) -> None:
     """Refuse an unknown data set, and sizes that its training set cannot fill."""
     names = ", ".join(sorted(TRAIN_ROWS))
     require(config.data.name in TRAIN_ROWS, "data.name", config.data.name, f"one of {names}")
-    rows = TRAIN_ROWS[config.data.name]
-    allowed = f"at most {rows}, the size of the {config.data.name} training set"
-    require(config.batch_size <= rows, "batch_size", config.batch_size, allowed)
+    rows, held_out = TRAIN_ROWS[config.data.name], config.data.validation_rows or 0
+    allowed = f"below {rows}, the size of the {config.data.name} training set"
+    require(held_out < rows, "data.validation_rows", held_out, allowed)
+    left = f" without {held_out} held out" if held_out else ""
+    allowed = f"at most {rows - held_out}, the size of the {config.data.name} training set{left}"
+    require(config.batch_size <= rows - held_out, "batch_size", config.batch_size, allowed)

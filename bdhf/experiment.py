@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -9,10 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 from torch import nn
 
 from bdhf.batches import Criterion
 from bdhf.blocks import ParamGroup
+from bdhf.config import FigureConfig, TargetConfig, checked, register, settings_of
 from bdhf.data import Data, Images
 from bdhf.training import Accuracy
 
@@ -63,4 +69,42 @@ def find_experiment(name: str) -> Experiment:
     if str(EXPERIMENTS) not in sys.path:
         sys.path.insert(0, str(EXPERIMENTS))
     found: Experiment = importlib.import_module(name).EXPERIMENT
+    return found
+
+
+def figures() -> dict[str, FigureConfig]:
+    """How each experiment is drawn, in the order of the figures; those that say so only."""
+    found = {}
+    for name in experiment_names():
+        path = CONFIGS / "experiment" / f"{name}.yaml"
+        if (values := _read(path).get("figure")) is not None:
+            found[name] = FigureConfig(**values)
+    return dict(sorted(found.items(), key=lambda pair: pair[1].number))
+
+
+def target(name: str, scale: str) -> TargetConfig:
+    """What runs of an experiment should reach at a scale, by its config."""
+    path = CONFIGS / "experiment" / name / f"{scale}.yaml"
+    return TargetConfig(**(_read(path).get("target") or {}))
+
+
+@functools.cache
+def shipped(experiment: str, scale: str, optimizer: str) -> tuple[dict[str, Any], list[Any]]:
+    """The settings that an optimizer's runs have unless one changes them, and its cells.
+
+    Raises:
+        ConfigError, HydraException: there is no such config, or its cells do not fit together.
+    """
+    register(experiment, find_experiment(experiment).settings)
+    overrides = [f"experiment={experiment}", f"scale={scale}", f"optimizer={optimizer}"]
+    with contextlib.ExitStack() as stack:
+        if not GlobalHydra.instance().is_initialized():  # by a sweep
+            stack.enter_context(initialize_config_dir(str(CONFIGS), version_base="1.3"))
+        config = checked(compose("run", overrides))
+    return settings_of(config), config.cells.get(optimizer, [])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A config's own values, nothing composed or resolved; empty where there is none."""
+    found: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
     return found

@@ -25,3 +25,9 @@ def use_machine(threads: int | None) -> None:
             libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
             libc.mallopt(_TOP_PAD, 2**28)
             libc.mallopt(_MMAP_MAX, 0)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was asked of a GPU, so that a clock tells the time that it took."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

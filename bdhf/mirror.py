@@ -30,6 +30,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from bdhf.config import TargetConfig, WandbConfig, settings_hash
+from bdhf.experiment import figures
 from bdhf.progress import say
 from bdhf.record import (
     ENDED,
@@ -41,9 +42,6 @@ from bdhf.record import (
     write_json,
 )
 from bdhf.summary import best, final, updates_to
-
-#: Which figure of the paper an experiment belongs to, for the tags.
-FIGURES = {"autoencoder": "figure 1", "lstm": "figure 2", "resnet": "figure 3"}
 
 #: What panels may be drawn against.
 AXES = ("update", "epoch", "gradient_equivalents", "seconds")
@@ -73,7 +71,9 @@ def identity(folder: Path) -> dict[str, Any]:
     optimizer = settings["optimizer"]["name"]
     sessions = provenance.get("sessions", [])
     described = [session.get("git_describe") or session.get("git_commit") for session in sessions]
-    tags = [settings["scale"], FIGURES.get(settings["experiment"], settings["experiment"])]
+    drawn = figures().get(settings["experiment"])
+    tags = [settings["scale"], f"figure {drawn.number}" if drawn else settings["experiment"]]
+    tags += [settings["study"]] if settings.get("study") else []
     return {
         "id": f"{settings['experiment']}-{folder.name}",  # its end is the hash of the settings
         "name": folder.name,

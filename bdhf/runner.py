@@ -12,24 +12,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
-from bdhf.blocks import ParamGroup
-from bdhf.config import (
-    AdamConfig,
-    Config,
-    ConfigError,
-    HessianFreeConfig,
-    check_against_data,
-    device_of,
-    require,
-)
+from bdhf.config import Config, check_against_data, device_of
 from bdhf.data import Images, load, stand_in
+from bdhf.errors import require
 from bdhf.experiment import Experiment
-from bdhf.first_order import FirstOrder
 from bdhf.functional import RandomState
 from bdhf.machine import use_machine
-from bdhf.optimizer import BlockDiagonalHF, BlockStep, StepReport
+from bdhf.optimizer import BlockStep, StepReport
 from bdhf.progress import ProgressDisplay, say
 from bdhf.record import RunFolder, sizes_in_short
 from bdhf.stopping import Stopping
@@ -39,7 +29,6 @@ from bdhf.training import (
     Progress,
     Row,
     Sizes,
-    StepOptimizer,
     Training,
     polyak_average,
     stream_seed,
@@ -111,7 +100,7 @@ def run(
     use_machine(config.threads)
     check_against_data(config)
     _check_network(experiment, config)
-    images = load(config.data.name, config.data.root)
+    images = load(config.data.name, config.data.root, config.data.validation_rows)
     # From here on, after all that may be refused, something is written.
     with contextlib.ExitStack() as stack:
         if not stack.enter_context(folder.held_alone()):
@@ -146,7 +135,7 @@ def _make(
     command: str,
     display: Callable[[int, int], ProgressDisplay],
 ) -> Ended:
-    training = _set_up(experiment, config, images)
+    training = set_up(experiment, config, images)
     folder.begin(config, _facts(config, images, training), command)
     with folder.failures_recorded():
         while True:
@@ -163,7 +152,7 @@ def _make(
             del training  # the only reference to what fills the memory
             gc.collect()
             torch.cuda.empty_cache()
-            training = _set_up(experiment, config, images)
+            training = set_up(experiment, config, images)
         _close(folder, training, outcome, config)
     reason = outcome.reason
     if outcome.status == "stopped":
@@ -175,11 +164,11 @@ def _smaller_piece(config: Config) -> int:
     return -(-(config.micro_batch or config.batch_size) // 2)
 
 
-def _set_up(experiment: Experiment, config: Config, images: Images) -> Training:
+def set_up(experiment: Experiment, config: Config, images: Images) -> Training:
     """Model, data and optimizer. Streams of their own keep weights and data order apart."""
     device = device_of(config)
     torch.manual_seed(stream_seed("initialisation", config.seed))
-    model = experiment.network(config.network).to(device)
+    model = config.optimizer.prepare(experiment.network(config.network)).to(device)
     torch.manual_seed(stream_seed("training", config.seed))
 
     train, test = (
@@ -187,7 +176,7 @@ def _set_up(experiment: Experiment, config: Config, images: Images) -> Training:
         for inputs, targets in experiment.prepare(images, config.network)
     )
     problem = Problem(model, experiment.criterion, train, test, experiment.accuracy)
-    blocks, optimizer = make_optimizer(config.optimizer, model, experiment.blocks)
+    blocks, optimizer = config.optimizer.make(model, experiment.blocks)
     sample = problem.train[0][:_COUNTED_ROWS], problem.train[1][:_COUNTED_ROWS]
     work = count_work(model, problem.criterion, sample, [block["params"] for block in blocks])
     sizes = Sizes(
@@ -200,24 +189,6 @@ def _set_up(experiment: Experiment, config: Config, images: Images) -> Training:
     )
     averaged = polyak_average(model) if experiment.average_weights else None
     return Training(problem, optimizer, sizes, config.seed, work, averaged)
-
-
-def make_optimizer(
-    settings: Any, model: nn.Module, blocks: Callable[[Any], list[ParamGroup]]
-) -> tuple[list[ParamGroup], StepOptimizer]:
-    """The optimizer that ``settings`` describe, and the blocks it solves (none for Adam).
-
-    Raises:
-        ConfigError: there is no such optimizer.
-    """
-    values = asdict(settings)
-    name = values.pop("name")
-    if isinstance(settings, AdamConfig):
-        return [], FirstOrder(torch.optim.Adam(model.parameters(), **values))
-    if isinstance(settings, HessianFreeConfig):
-        groups = blocks(model) if name == "bdhf" else [{"params": list(model.parameters())}]
-        return groups, BlockDiagonalHF(groups, **values)
-    raise ConfigError(f"optimizer.name={name}: must be adam, hf or bdhf")
 
 
 def _facts(config: Config, images: Images, training: Training) -> dict[str, Any]:

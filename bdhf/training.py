@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from bdhf.batches import Batch, Criterion, pieces
 from bdhf.data import Data
+from bdhf.machine import synchronize
 from bdhf.optimizer import StepReport
 from bdhf.work import Work
 
@@ -152,7 +153,7 @@ class Training:
         while progress.update < sizes.updates and not progress.divergence:
             if (outcome := stop()) is not None:
                 return outcome
-            self._update()
+            self.update()
             if progress.update % sizes.evaluate_every == 0 or progress.update == sizes.updates:
                 self._add_row(on_row)
             on_update()
@@ -200,7 +201,8 @@ class Training:
             row[f"cg_iterations_{k}"] = report.blocks[k].iterations if solved and report else None
         return row
 
-    def _update(self) -> None:
+    def update(self) -> None:
+        """Make one update; its time and work are added to `progress`."""
         progress, sizes = self.progress, self.sizes
         started = time.perf_counter()
         inputs, targets = self.problem.train
@@ -220,7 +222,7 @@ class Training:
         )
         if self.averaged is not None:
             self.averaged.update_parameters(self.problem.model)
-        _synchronize(inputs.device)
+        synchronize(inputs.device)
         progress.seconds += time.perf_counter() - started
         assert self.optimizer.last_step is not None
         progress.update += 1
@@ -318,8 +320,3 @@ def stream_seed(name: str, seed: int) -> int:
 @functools.lru_cache(maxsize=4)  # a mini-batch needs its epoch's, and at most the next one's
 def _permutation(rows: int, name: str, seed: int) -> Tensor:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(stream_seed(name, seed)))
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

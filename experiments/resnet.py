@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from bdhf import blocks_from_modules
 from bdhf.blocks import ParamGroup
 from bdhf.commands import main
-from bdhf.config import require
 from bdhf.data import Data, Images
+from bdhf.errors import require
 from bdhf.experiment import Experiment
 from bdhf.training import correct
 

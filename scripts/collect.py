@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from bdhf.archive import ArchiveError, bring_in
-from bdhf.report import collect, mixtures
+from bdhf.report.table import collect, mixtures
 
 
 def main() -> None:

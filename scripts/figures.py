@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bdhf.figures import draw_figures
+from bdhf.report.figures import draw_figures
 
 
 def main() -> None:

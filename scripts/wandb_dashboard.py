@@ -16,7 +16,8 @@ from typing import Any
 import wandb_workspaces.reports.v2 as wr
 
 from bdhf.config import WandbConfig
-from bdhf.mirror import AXES, FIGURES
+from bdhf.experiment import figures
+from bdhf.mirror import AXES
 from bdhf.record import first_line, read_table
 
 #: Of each figure, as in the paper: which runs, and what is compared.
@@ -59,9 +60,8 @@ def build(results: Path, scale: str, entity: str, project: str) -> wr.Report:
         wr.H1(text="Verdicts"),
         wr.MarkdownBlock(text=verdicts(results, scale)),
     ]
-    for experiment, figure in FIGURES.items():
-        blocks.append(wr.H1(text=f"{figure.capitalize()}: {experiment}"))
-        metric = "test_loss" if experiment == "autoencoder" else "test_accuracy"
+    for experiment, figure in figures().items():
+        blocks.append(wr.H1(text=f"Figure {figure.number}: {figure.title}"))
         for title, optimizers in COMPARISONS.items():
             chosen = f"Config('scale') = '{scale}' and Config('experiment') = '{experiment}'"
             either = ", ".join(f"'{name}'" for name in optimizers)
@@ -72,7 +72,7 @@ def build(results: Path, scale: str, entity: str, project: str) -> wr.Report:
                 filters=f"{chosen} and Config('optimizer.name') in [{either}]",
                 groupby=["group", "config.settings_hash"],  # other settings are other curves
             )
-            plots = [_plot(axis, y) for axis in AXES for y in ("train_loss", metric)]
+            plots = [_plot(axis, y) for axis in AXES for y in figure.panels]
             blocks += [wr.H2(text=title), wr.PanelGrid(runsets=[runset], panels=plots)]
     everything = wr.Runset(
         entity=entity, project=project, name=scale, filters=f"Config('scale') = '{scale}'"

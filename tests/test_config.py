@@ -11,10 +11,11 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from suite import EXPERIMENTS, TINY, TINY_HF, composed, config, tiny
 
-from bdhf.config import ConfigError, check_against_data, checked, settings_hash, settings_of
+from bdhf.config import check_against_data, checked, settings_hash, settings_of
 from bdhf.data import Images
+from bdhf.errors import ConfigError
 from bdhf.experiment import CONFIGS
-from bdhf.runner import make_optimizer, run
+from bdhf.runner import run
 
 SCALES = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml"))
 OPTIMIZERS = sorted(path.stem for path in (CONFIGS / "optimizer").glob("*.yaml"))
@@ -45,7 +46,7 @@ def test_every_shipped_config_composes_and_steps(
     parts = EXPERIMENTS[experiment]
     torch.manual_seed(0)
     model = parts.network(values.network)
-    _, stepper = make_optimizer(values.optimizer, model, parts.blocks)
+    _, stepper = values.optimizer.make(model, parts.blocks)
     shape = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "digits": (1, 8, 8)}[values.data.name]
     data = torch.rand(4, *shape), torch.randint(10, (4,))
     (inputs, targets), _ = parts.prepare(Images(data, data, "", ""), values.network)
@@ -169,7 +170,10 @@ def test_typos_and_wrong_types_are_refused_by_name(override: str, message: str) 
     [
         ("+batchsize=7", r"^batchsize is not a key: must be one of batch_size, cell, "),
         ("+optimizer.weigth_decay=1", r"^optimizer.weigth_decay is not a key: must be one of "),
-        ("+data.folder=x", r"^data.folder is not a key: must be one of name, root$"),
+        (
+            "+data.folder=x",
+            r"^data.folder is not a key: must be one of name, root, valid",
+        ),
         ("optimizer.name=adam", r"^optimizer.name=adam: must be hf or bdhf here; optimizer=adam,"),
         ("network.widths=[64]", r"^network.widths=\[64\]: must be two or more numbers, 1 or more"),
         ("network.widths=[64,0]", r"^network.widths=\[64, 0\]: must be two or more numbers"),

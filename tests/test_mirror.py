@@ -19,7 +19,7 @@ from wandb.proto import wandb_internal_pb2
 from wandb_stand_in import SentRun, StandIn, stand_in
 
 from bdhf.config import TargetConfig, WandbConfig, checked
-from bdhf.mirror import AXES, FIGURES, identity, publish, summary_of
+from bdhf.mirror import AXES, identity, publish, summary_of
 from bdhf.record import read_metrics, write_table
 from bdhf.runner import run
 from bdhf.summary import best, final, updates_to
@@ -379,7 +379,7 @@ def test_report_is_built_and_saved(
     arguments = ["laptop", "--entity", "me", "--results", str(tmp_path)]
     shown = call("scripts/wandb_dashboard.py", *arguments, "--outline", WANDB_BASE_URL="http://no")
     assert shown.returncode == 0, shown.stderr
-    for text in ("Figure 1: autoencoder", "Figure 2: lstm", "Figure 3: resnet", "RunComparer"):
+    for text in ("1: Deep autoencoder", "2: Peephole LSTM", "3: ResNet", "RunComparer"):
         assert text in shown.stdout
     assert "| A1 | gets worse | holds |" in shown.stdout
     for axis in AXES:
@@ -390,7 +390,7 @@ def test_report_is_built_and_saved(
     spec = json.loads(view["spec"])
     grids = [block for block in spec["blocks"] if block["type"] == "panel-grid"]
     assert len(grids) == 3 * 2 + 1
-    for grid, experiment in zip(grids[:-1:2], FIGURES, strict=True):
+    for grid, experiment in zip(grids[:-1:2], EXPERIMENTS, strict=True):
         text = json.dumps(grid["metadata"]["runSets"])
         for part in ("scale", "laptop", experiment, "optimizer", "adam", "bdhf", "settings_hash"):
             assert part in text

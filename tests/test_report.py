@@ -13,9 +13,9 @@ from matplotlib import pyplot
 from suite import EXPERIMENTS, tiny
 
 from bdhf.config import settings_hash, settings_of
-from bdhf.figures import draw_figures
 from bdhf.record import read_metrics, write_table
-from bdhf.report import CellKey, collect, read_curves
+from bdhf.report.figures import draw_figures
+from bdhf.report.table import CellKey, collect, read_curves
 from bdhf.runner import run
 
 

@@ -30,7 +30,7 @@ from bdhf.archive import ArchiveError, bring_in
 from bdhf.experiment import CONFIGS
 from bdhf.optimizer import BlockDiagonalHF
 from bdhf.record import RunFolder, read_metrics, read_table
-from bdhf.report import collect, mixtures
+from bdhf.report.table import collect, mixtures
 from bdhf.runner import run
 from bdhf.sweep import plan, sweep
 from bdhf.sweep.display import disk_in_words, failure_table, live_view, plan_table

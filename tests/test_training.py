@@ -25,7 +25,7 @@ from bdhf.first_order import FirstOrder
 from bdhf.optimizer import StepReport
 from bdhf.progress import ProgressDisplay
 from bdhf.record import RunFolder, read_metrics
-from bdhf.runner import make_optimizer, run
+from bdhf.runner import run
 from bdhf.stopping import Stopping
 from bdhf.training import (
     Outcome,
@@ -544,7 +544,7 @@ def test_hf_is_one_block_and_block_diagonal_hf_the_experiments() -> None:
         for optimizer in ("hf", "bdhf", "adam"):
             values = tiny(experiment, optimizer)
             model = parts.network(values.network)
-            blocks, stepper = make_optimizer(values.optimizer, model, parts.blocks)
+            blocks, stepper = values.optimizer.make(model, parts.blocks)
             sizes[experiment, optimizer] = len(blocks)
             held = [p for group in stepper.param_groups for p in group["params"]]
             assert len(held) == len(set(held)) == len(list(model.parameters()))

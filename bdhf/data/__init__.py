@@ -16,10 +16,19 @@ from filelock import FileLock
 
 from bdhf.data.cifar import load_cifar10
 from bdhf.data.digits import load_digits
-from bdhf.data.images import Data, DataError, Images
+from bdhf.data.images import Data, DataError, Images, with_validation
 from bdhf.data.mnist import load_mnist
 
-__all__ = ["LOADERS", "SHAPES", "TRAIN_ROWS", "Data", "DataError", "Images", "load", "stand_in"]
+__all__ = [
+    "LOADERS",
+    "SHAPES",
+    "TRAIN_ROWS",
+    "Data",
+    "DataError",
+    "Images",
+    "load",
+    "stand_in",
+]
 
 #: Data sets by name: a function of the folder in which they lie.
 LOADERS: dict[str, Callable[[Path], Images]] = {
@@ -44,8 +53,10 @@ def stand_in(name: str, rows: int) -> Images:
     return Images(data, data, "random", "")
 
 
-def load(name: str, root: str) -> Images:
+def load(name: str, root: str, validation_rows: int | None = None) -> Images:
     """The data set ``name``, from the folder ``root`` where it needs one.
+
+    With ``validation_rows`` so many rows of the training set take the place of the test set.
 
     Raises:
         DataError: there is no such data set, or it is neither there nor to be downloaded, or a
@@ -58,4 +69,5 @@ def load(name: str, root: str) -> Images:
     # What several processes miss, one downloads. Not in the folder, which may be someone else's.
     lock = Path(tempfile.gettempdir()) / f"bdhf-{os.getuid()}-{digest[:16]}.lock"
     with FileLock(lock):
-        return LOADERS[name](folder)
+        images = LOADERS[name](folder)
+    return images if validation_rows is None else with_validation(images, validation_rows)

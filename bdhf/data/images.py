@@ -47,6 +47,19 @@ def digest(train: Data, test: Data) -> str:
     return found.hexdigest()
 
 
+def with_validation(images: Images, rows: int) -> Images:
+    """The training set without ``rows`` samples drawn at random, which become the test set.
+
+    The draw is always the same, so that runs which are compared hold out the same samples.
+    """
+    inputs, labels = images.train
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
+    held_out, kept = order[:rows], order[rows:].sort().values
+    source = f"{images.source}, {rows} of the training set held out as the test set"
+    train, test = ((inputs[chosen], labels[chosen]) for chosen in (kept, held_out))
+    return Images(train, test, source, images.sha256)
+
+
 def _scaled(data: Data, levels: int) -> Data:
     pixels, labels = data
     return pixels.to(torch.float32).div_(levels), labels.long()

@@ -27,7 +27,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from bdhf.config import ConfigError, device_of
+from bdhf.config import device_of
+from bdhf.errors import ConfigError
 from bdhf.experiment import CONFIGS
 from bdhf.mirror import mirrored
 from bdhf.sweep.display import (

@@ -9,13 +9,12 @@ from statistics import median
 
 import torch
 
-from bdhf.config import Config, HessianFreeConfig, device_of, settings_hash, settings_of
+from bdhf.config import Config, device_of, settings_hash, settings_of
 from bdhf.data import stand_in
 from bdhf.experiment import find_experiment
 from bdhf.gradient import loss_and_gradient
 from bdhf.machine import use_machine
 from bdhf.record import processor
-from bdhf.runner import make_optimizer
 from bdhf.sweep.state import State
 from bdhf.work import Work, count_work
 
@@ -25,6 +24,9 @@ _TRIAL_ROWS = 500
 
 #: What evaluation, set-up and writing add to the time of the updates, where it is not known.
 _BESIDES = 1.15
+
+#: CG iterations of a method that does not say how many it may take.
+_CG_ITERATIONS = 100
 
 #: Seconds of updates below which a run that is not finished tells too little.
 _TELLING = 5.0
@@ -84,19 +86,21 @@ class Estimate:
         if key not in self._trials:
             self._trials[key] = _seconds_a_gradient(config, rows) / rows
         equivalents: float = config.batch_size
-        if isinstance(config.optimizer, HessianFreeConfig):
-            products = (config.optimizer.cg_max_iter + 1) * sum(work.products)
+        if config.optimizer.uses_curvature:
+            cap: int = getattr(config.optimizer, "cg_max_iter", _CG_ITERATIONS)
+            products = (cap + 1) * sum(work.products)
             equivalents += (config.curvature_batch_size or 0) * (work.linearization + products)
         return self._trials[key] * equivalents * _BESIDES
 
     def _work(self, config: Config) -> tuple[Work, int]:
         """What an update costs, and the bytes of a checkpoint."""
         settings = settings_of(config)
-        key = f"{config.experiment} {settings['network']} {config.optimizer.name}"
+        kind = config.optimizer.name, getattr(config.optimizer, "blocks", None)
+        key = f"{config.experiment} {settings['network']} {kind}"
         if key not in self._works:
             experiment = find_experiment(config.experiment)
-            model = experiment.network(config.network)
-            blocks, _ = make_optimizer(config.optimizer, model, experiment.blocks)
+            model = config.optimizer.prepare(experiment.network(config.network))
+            blocks, _ = config.optimizer.make(model, experiment.blocks)
             sample, _ = experiment.prepare(stand_in(config.data.name, 2), config.network)
             groups = [block["params"] for block in blocks]
             work = count_work(model, experiment.criterion, sample, groups)

@@ -8,17 +8,19 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bdhf.config import Config, ConfigError, check_against_data, checked, register
-from bdhf.experiment import experiment_names, find_experiment
+from bdhf.config import Config, check_against_data, checked, register
+from bdhf.errors import ConfigError, require
+from bdhf.experiment import CONFIGS, experiment_names, find_experiment
 from bdhf.record import RunFolder, first_line
 from bdhf.runner import title
 
@@ -71,7 +73,12 @@ def expand(arguments: Sequence[str]) -> Grid:
     """The grid of ``key=value,value`` arguments, as Hydra's ``--multirun`` has it.
 
     ``experiment`` is all of them unless it is given. Keys that are not given are swept as
-    ``hydra.sweeper.params`` of the experiment at that scale says. Hydra must be initialized.
+    ``hydra.sweeper.params`` of the experiment at that scale says; with ``study=NAME``, as each line
+    of ``configs/studies/NAME.yaml`` for that experiment and scale says, and ``study=null,NAME`` is
+    both. Hydra must be initialized.
+
+    Raises:
+        ConfigError: an argument is no list of values, or there is no such study.
     """
     for name in experiment_names():
         register(name, find_experiment(name).settings)
@@ -83,46 +90,64 @@ def expand(arguments: Sequence[str]) -> Grid:
     hydra = [str(o.input_line) for o in given if o.is_hydra_override()]
     runs: dict[Path, GridRun] = {}
     refused = Counter[str]()
-    for points in _points(axes, parser, refused):
-        for run in _runs(points, refused):
+    for point in _points(axes, parser, refused):
+        for run in _runs(point, refused):
             # Two cells may be one run, where sizes are given on the command line.
             path = run.folder().path
             known = runs.setdefault(path, run)
             if run.config.updates > known.config.updates:
                 runs[path] = run
-    ordered = sorted(runs.values(), key=lambda run: run.config.seed)
-    swept = {key for key, values in axes.items() if len(values) > 1 and key not in _IN_TITLE}
-    return Grid([_labelled(run, swept) for run in ordered], refused, hydra)
+    return Grid(sorted(runs.values(), key=lambda run: run.config.seed), refused, hydra)
 
 
-def _labelled(run: GridRun, swept: set[str]) -> GridRun:
-    values = [text for text in run.overrides if text.partition("=")[0] in swept]
-    return dataclasses.replace(run, label=" ".join([title(run.config), *values]))
+@dataclass(frozen=True)
+class _Point:
+    """Overrides without their seed, the seeds to take with them, and the keys that are told."""
+
+    overrides: tuple[str, ...]
+    seeds: list[str]
+    telling: set[str]
 
 
 def _points(
     axes: dict[str, list[str]], parser: OverridesParser, refused: Counter[str]
-) -> Iterator[tuple[tuple[str, ...], list[str]]]:
-    """Overrides without their seed, and the seeds to take with them."""
-    outer = ("experiment", "scale")  # what the defaults of the others hang on
+) -> Iterator[_Point]:
+    outer = ("experiment", "scale", "study")  # what the defaults of the others hang on
     for chosen in itertools.product(*(axes[key] for key in outer if key in axes)):
         try:
             composed = compose(CONFIG_NAME, list(chosen), return_hydra_config=True)
         except HydraException as error:
             refused[str(error)] += 1
             continue
-        defaults = [f"{key}={value}" for key, value in composed.hydra.sweeper.params.items()]
-        inner = {o.get_key_element(): _choices(o) for o in parser.parse_overrides(defaults)}
-        inner |= {key: values for key, values in axes.items() if key not in outer}
-        seeds = inner.pop("seed", ["seed=0"])
-        for point in itertools.product(*inner.values()):
-            yield (*chosen, *point), seeds
+        params = composed.hydra.sweeper.params
+        lines = [[f"{key}={value}" for key, value in params.items()]]
+        if composed.study is not None:
+            lines = _study_lines(composed.study, composed.experiment, composed.scale)
+        for line in lines:
+            parsed = parser.parse_overrides([f"seed={params.get('seed', 0)}", *line])
+            inner = {o.get_key_element(): _choices(o) for o in parsed}
+            inner |= {key: values for key, values in axes.items() if key not in outer}
+            seeds = inner.pop("seed")
+            telling = {key for key, values in {**axes, **inner}.items() if len(values) > 1}
+            if composed.study is not None:  # its lines differ in what they set
+                telling |= {key for key in inner if key.startswith("optimizer.")}
+            for point in itertools.product(*inner.values()):
+                yield _Point((*chosen, *point), seeds, telling - set(_IN_TITLE))
 
 
-def _runs(point: tuple[tuple[str, ...], list[str]], refused: Counter[str]) -> Iterator[GridRun]:
-    overrides, seeds = point
+def _study_lines(study: str, experiment: str, scale: str) -> list[list[str]]:
+    """What a study's file says for an experiment at a scale; nothing is fine too."""
+    known = sorted(path.stem for path in (CONFIGS / "studies").glob("*.yaml"))
+    require(study in known, "study", study, f"null or one of {', '.join(known)}")
+    found: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "studies" / f"{study}.yaml"))
+    return [line.split() for line in found.get(experiment, {}).get(scale, [])]
+
+
+def _runs(point: _Point, refused: Counter[str]) -> Iterator[GridRun]:
+    overrides = point.overrides
+    values = [text for text in overrides if text.partition("=")[0] in point.telling]
     config: Config | None = None
-    for seed in seeds:
+    for seed in point.seeds:
         mine = (*overrides, seed)
         number = seed.partition("=")[2]
         try:
@@ -140,7 +165,7 @@ def _runs(point: tuple[tuple[str, ...], list[str]], refused: Counter[str]) -> It
             refused[message] += 1
             config = None
             continue
-        yield GridRun(mine, config, title(config))
+        yield GridRun(mine, config, " ".join([title(config), *values]))
 
 
 def _choices(override: Override) -> list[str]:

@@ -17,8 +17,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from bdhf.config import ConfigError, checked
+from bdhf.config import checked
 from bdhf.data import DataError
+from bdhf.errors import ConfigError
 from bdhf.experiment import EXPERIMENTS, find_experiment
 from bdhf.progress import say
 from bdhf.record import RunFolder, first_line

@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from hydra.errors import HydraException
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
-from bdhf.config import settings_hash
+from bdhf.config import changed_settings, settings_hash
+from bdhf.errors import ConfigError
+from bdhf.experiment import shipped
 from bdhf.record import ENDED, number, read_metrics, read_provenance, read_table, write_table
 
 #: What was evaluated on whole data sets when a run had ended.
@@ -33,7 +36,9 @@ Series = NDArray[np.float64]
 class CellKey:
     """A cell of the grid: all runs that differ by seed only.
 
-    ``settings`` is a hash over everything else that changes a curve (`settings_hash`).
+    ``settings`` is a hash over everything else that changes a curve (`settings_hash`), ``changed``
+    says in words what of it is not as shipped, and ``study`` is the study it was made for: empty
+    for a figure's.
     """
 
     experiment: str
@@ -41,6 +46,8 @@ class CellKey:
     batch_size: int
     curvature_batch_size: int | None
     settings: str
+    changed: str = ""
+    study: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,13 @@ class Curves:
         update: (points,) where any of its seeds was evaluated.
         columns: each other metric, (seeds, points); NaN in gaps, such as after a divergence.
         seeds: the seeds, in the order of the rows.
+        diverged: for each seed, why it counts as diverged; empty where it does not.
     """
 
     update: Series
     columns: dict[str, Series]
     seeds: list[int]
+    diverged: list[str]
 
 
 def collect(results: Path, scale: str) -> tuple[int, list[str]]:
@@ -162,6 +171,8 @@ def _run_row(folder: Path, provenance: dict[str, Any]) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "curvature_batch_size": config.curvature_batch_size,
         "settings": settings_hash(settings, without=("seed",)),
+        "changed": _changed(settings),
+        "study": settings.get("study"),
         "seed": config.seed,
         "run": folder.name,
         "status": provenance["status"],
@@ -184,6 +195,15 @@ def _run_row(folder: Path, provenance: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _changed(settings: dict[str, Any]) -> str:
+    name = settings["optimizer"]["name"]
+    try:
+        known = shipped(settings["experiment"], settings["scale"], name)
+    except (ConfigError, HydraException, ValueError):  # an experiment or optimizer that went away
+        return ""
+    return changed_settings(settings, *known)
+
+
 def read_curves(results: Path, scale: str) -> dict[CellKey, Curves]:
     """The curves of all cells of a scale, from its compact table.
 
@@ -193,22 +213,38 @@ def read_curves(results: Path, scale: str) -> dict[CellKey, Curves]:
     path = results / scale / "curves.csv"
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there; make collect SCALE={scale} writes it")
+    facts = {run["run"]: run for run in read_table(results / scale / "runs.csv")}
     runs: dict[CellKey, dict[int, list[dict[str, float | int | None]]]] = {}
+    diverged: dict[tuple[CellKey, int], str] = {}
     for row in read_table(path):
-        few = row["curvature_batch_size"]
-        key = CellKey(
-            row["experiment"],
-            row["optimizer"],
-            int(row["batch_size"]),
-            int(few) if few else None,
-            row["settings"],
-        )
+        run = facts[row["run"]]
+        key, seed = _cell_of(run), int(row["seed"])
         metrics = {k: number(v) for k, v in row.items() if k not in _IDENTITY}
-        runs.setdefault(key, {}).setdefault(int(row["seed"]), []).append(metrics)
-    return {key: _aligned(by_seed) for key, by_seed in runs.items()}
+        runs.setdefault(key, {}).setdefault(seed, []).append(metrics)
+        if run["status"] == "diverged":
+            diverged[key, seed] = run["reason"]
+    return {
+        key: _aligned(by_seed, [diverged.get((key, seed), "") for seed in by_seed])
+        for key, by_seed in runs.items()
+    }
 
 
-def _aligned(by_seed: dict[int, list[dict[str, float | int | None]]]) -> Curves:
+def _cell_of(run: dict[str, str]) -> CellKey:
+    few = run["curvature_batch_size"]
+    return CellKey(
+        run["experiment"],
+        run["optimizer"],
+        int(run["batch_size"]),
+        int(few) if few else None,
+        run["settings"],
+        run["changed"],
+        run["study"],
+    )
+
+
+def _aligned(
+    by_seed: dict[int, list[dict[str, float | int | None]]], diverged: list[str]
+) -> Curves:
     """Curves over the updates that any seed has (one that diverged is shorter)."""
     rows_at = [{int(row["update"] or 0): row for row in rows} for rows in by_seed.values()]
     updates = sorted(set[int]().union(*rows_at))
@@ -218,4 +254,5 @@ def _aligned(by_seed: dict[int, list[dict[str, float | int | None]]]) -> Curves:
         values = [[rows.get(update, {}).get(name) for update in updates] for rows in rows_at]
         return np.array([[np.nan if v is None else v for v in row] for row in values], np.float64)
 
-    return Curves(np.array(updates, np.float64), {n: column(n) for n in names}, list(by_seed))
+    columns = {name: column(name) for name in sorted(names)}
+    return Curves(np.array(updates, np.float64), columns, list(by_seed), diverged)

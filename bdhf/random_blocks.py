@@ -1,0 +1,63 @@
+"""A network whose parameters lie in blocks drawn at random, scalar by scalar (for claim H1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class RandomBlocks(nn.Module):
+    """``network`` with its trainable parameters gathered from ``count`` vectors of equal size.
+
+    Outputs and starting point are the network's own; only which scalars share a block of the
+    Gauss-Newton matrix changes. The paper's blocks are layers; these take from every layer alike,
+    so they keep as much of the curvature but none of its structure.
+
+    Args:
+        network: the network; its parameters become constants of no account.
+        count: how many blocks; their sizes differ by one at most.
+        seed: of the draw. The same for all runs, so that seeds differ in what they always do.
+
+    Raises:
+        ValueError: there are fewer parameters than blocks, two modules share one, or the network
+            has buffers.
+    """
+
+    places: Tensor
+
+    def __init__(self, network: nn.Module, count: int, seed: int = 0) -> None:
+        super().__init__()
+        named = dict(network.named_parameters(remove_duplicate=False))
+        if len(named) != len(set(named.values())):
+            raise ValueError("random blocks: modules of this network share parameters")
+        if any(True for _ in network.buffers()):
+            raise ValueError("random blocks: this network has buffers, which nothing would move")
+        flat = torch.cat([p.detach().reshape(-1) for p in named.values()])
+        if not 1 <= count <= len(flat):
+            raise ValueError(f"count={count}; must be between 1 and {len(flat)}, its parameters")
+        order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))
+        self.blocks = nn.ParameterList(
+            nn.Parameter(flat[chosen].clone()) for chosen in order.tensor_split(count)
+        )
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order))
+        self.register_buffer("places", places, persistent=False)  # the draw gives it again
+        self._shapes = {name: parameter.shape for name, parameter in named.items()}
+        self._sizes = [parameter.numel() for parameter in named.values()]
+        # In a list, so that its parameters are not this module's.
+        self._network = [network.requires_grad_(False)]
+
+    def train(self, mode: bool = True) -> RandomBlocks:
+        """Set the mode, of the network too."""
+        self._network[0].train(mode)
+        return super().train(mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's outputs."""
+        scalars = torch.cat(list(self.blocks))[self.places].split(self._sizes)
+        pairs = zip(self._shapes.items(), scalars, strict=True)
+        parameters = {name: part.view(shape) for (name, shape), part in pairs}
+        return functional_call(self._network[0], parameters, args, kwargs)

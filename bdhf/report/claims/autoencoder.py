@@ -1,0 +1,105 @@
+"""What the paper says of the autoencoder (figure 1)."""
+
+from __future__ import annotations
+
+from bdhf.report.claims.common import lower_all_along, updates_to_ours
+from bdhf.report.evidence import (
+    Evidence,
+    UntestedError,
+    paired,
+    share_below,
+    times_fewer,
+    unsettled,
+    within_a_factor_of,
+)
+from bdhf.report.verdicts import Part, claim
+
+NAME = "autoencoder"
+
+
+@claim(
+    "A1",
+    "Adam: the epochs needed and the final error get much worse as the mini-batch grows; the "
+    "number of updates needed stays similar.",
+)
+def adam_needs_updates_not_epochs(evidence: Evidence) -> list[Part]:
+    """Adam's largest mini-batch against its smallest. It needs at least twice the epochs to the
+    target test error; its test error at the last epoch that both reach is at least 10 % higher,
+    once both are at their plateau; and the updates to the target differ by at most a factor of
+    2."""
+    adam = evidence.of(NAME, "adam")
+    if len(adam) < 2:
+        raise UntestedError("Adam has runs of one mini-batch size only")
+    small, large = adam[0], adam[-1]
+    goal = evidence.goal(NAME)
+    assert goal.metric is not None
+    epoch = min(small.last_epoch(), large.last_epoch())
+    errors = small.at_epoch("test_loss", epoch), large.at_epoch("test_loss", epoch)
+    goals = dict.fromkeys(small.seeds, goal.value)
+    updates = small.updates_to(goal.metric, goals), large.updates_to(goal.metric, goals)
+    return [
+        Part(
+            "epochs to the target, largest over smallest mini-batch",
+            paired(small.epochs_to(goal), large.epochs_to(goal), times_fewer),
+            least=2.0,
+            unit="times",
+            neutral=1.0,
+        ),
+        Part(
+            f"test error after {epoch:.3g} epochs, smallest below largest mini-batch",
+            paired(*errors, share_below),
+            least=0.1,
+            untested=unsettled([small, large]),
+        ),
+        Part(
+            "updates to the target within a factor of 2 (2 over the ratio)",
+            paired(*updates, within_a_factor_of(2.0)),
+            least=1.0,
+            unit="times",
+            neutral=1.0,
+        ),
+    ]
+
+
+@claim(
+    "A2",
+    "Block-diagonal HF with a large mini-batch reaches about the error of Adam with a small one, "
+    "in an order of magnitude fewer updates than Adam with a small or a large mini-batch.",
+)
+def error_of_adam_in_a_tenth_of_the_updates(evidence: Evidence) -> list[Part]:
+    """Block-diagonal HF with its smallest curvature mini-batch. Its final test error is at most
+    10 % above that of Adam with its smallest mini-batch, at its plateau; and Adam, at each
+    mini-batch, needs at least 10 times as many updates to the final test error of block-diagonal
+    HF as block-diagonal HF itself."""
+    adam, ours = evidence.of(NAME, "adam"), evidence.of(NAME, "bdhf")[0]
+    return [
+        Part(
+            "final test error, below 1.1 times that of Adam with its smallest mini-batch",
+            paired(ours.final("test_loss"), adam[0].final("test_loss"), share_below),
+            least=-0.1,
+            neutral=-0.1,
+            untested=unsettled(adam[:1]),
+        ),
+        *(updates_to_ours(ours, cell, "test_loss", least=10.0) for cell in adam),
+    ]
+
+
+@claim(
+    "A3",
+    "Block-diagonal HF has a lower train and test error than HF over the entire course of "
+    "training.",
+)
+def lower_over_the_whole_course(evidence: Evidence) -> list[Part]:
+    """At the smallest curvature mini-batch, for train and test error: block-diagonal HF is below
+    HF in at least 95 % of the evaluations, and by 2 % on average over the updates (of the log
+    curves)."""
+    return lower_all_along(*evidence.pairs(NAME)[0])
+
+
+@claim("A4", "A3 holds at every curvature mini-batch size.")
+def lower_at_every_curvature_size(evidence: Evidence) -> list[Part]:
+    """As A3, at each of the curvature mini-batch sizes, of which there are at least two."""
+    pairs = evidence.pairs(NAME)
+    if len(pairs) < 2:
+        raise UntestedError("there are runs of one curvature mini-batch size only")
+    return [part for pair in pairs for part in lower_all_along(*pair)]

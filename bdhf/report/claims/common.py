@@ -1,0 +1,131 @@
+"""Parts that several claims have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from bdhf.report.evidence import (
+    BySeed,
+    Cell,
+    Evidence,
+    UntestedError,
+    difference,
+    paired,
+    share_below,
+    times_fewer,
+    unsettled,
+)
+from bdhf.report.quantities import log_area_between, share_lower
+from bdhf.report.verdicts import Part
+
+
+def lower_all_along(ours: Cell, theirs: Cell) -> list[Part]:
+    """Train and test loss of ``ours`` below those of ``theirs``, over the whole course."""
+    at = f"curvature {ours.key.curvature_batch_size}"
+    shared = [seed for seed in ours.seeds if seed in theirs.seeds]
+    begun = ours.update > 0
+    if list(ours.update) != list(theirs.update):
+        raise UntestedError(f"{ours} and {theirs} were not evaluated at the same updates")
+    parts = []
+    for metric, name in (("train_loss", "train error"), ("test_loss", "test error")):
+        courses = {
+            seed: (ours.course(seed, metric)[begun], theirs.course(seed, metric)[begun])
+            for seed in shared
+        }
+        parts += [
+            Part(
+                f"{name}, {at}: share of evaluations below HF",
+                {seed: share_lower(*pair) for seed, pair in courses.items()},
+                least=0.95,
+                neutral=0.5,
+            ),
+            Part(
+                f"{name}, {at}: below HF on average over the updates",
+                {s: log_area_between(ours.update[begun], *pair) for s, pair in courses.items()},
+                least=0.02,
+            ),
+        ]
+    return parts
+
+
+def updates_to_ours(ours: Cell, theirs: Cell, metric: str, least: float) -> Part:
+    """How many times more updates ``theirs`` needs to the final value of ``ours``."""
+    goals = ours.final(metric)
+    return Part(
+        f"updates to the final {metric.replace('_', ' ')} of block-diagonal HF, {theirs} "
+        "over block-diagonal HF",
+        paired(ours.updates_to(metric, goals), theirs.updates_to(metric, goals), times_fewer),
+        least=least,
+        unit="times",
+        neutral=1.0,
+    )
+
+
+def better_than_adam(evidence: Evidence, experiment: str, accuracy: str) -> list[Part]:
+    """Fewer updates, a lower training loss and a better test accuracy than Adam's best."""
+    adam, ours = evidence.of(experiment, "adam"), evidence.of(experiment, "bdhf")[0]
+    goal = evidence.goal(experiment)
+    assert goal.metric is not None
+    goals = dict.fromkeys(ours.seeds, goal.value)
+    settled = unsettled(adam)
+    needed = [cell.updates_to(goal.metric, goals) for cell in adam]
+    losses = [cell.final("train_loss") for cell in adam]
+    hits = [cell.final(accuracy) for cell in adam]
+    return [
+        Part(
+            "updates to the target, Adam's fewest over block-diagonal HF's",
+            paired(ours.updates_to(goal.metric, goals), _best(needed, min), times_fewer),
+            least=1.5,
+            unit="times",
+            neutral=1.0,
+        ),
+        Part(
+            "final training loss below Adam's lowest",
+            paired(ours.final("train_loss"), _best(losses, min), share_below),
+            least=0.05,
+            untested=settled,
+        ),
+        Part(
+            "final test accuracy above Adam's highest",
+            paired(ours.final(accuracy), _best(hits, max), difference),
+            least=0.005,
+            unit="points",
+            untested=settled,
+        ),
+    ]
+
+
+def _best(values: list[BySeed], choose: Callable[[Iterable[float]], float]) -> BySeed:
+    """The best of several cells, seed by seed, for the seeds that all have."""
+    shared = set.intersection(*(set(cell) for cell in values))
+    return {seed: choose(cell[seed] for cell in values) for seed in sorted(shared)}
+
+
+def loses_less_as_curvature_shrinks(
+    evidence: Evidence, experiment: str, accuracy: str
+) -> list[Part]:
+    """From the largest to the smallest curvature mini-batch, block-diagonal HF loses less."""
+    pairs = evidence.pairs(experiment)
+    if len(pairs) < 2:
+        raise UntestedError("there are runs of one curvature mini-batch size only")
+    (small, small_hf), *_, (large, large_hf) = pairs
+
+    def lost(few: Cell, many: Cell) -> BySeed:
+        return paired(many.final(accuracy), few.final(accuracy), difference)
+
+    def raised(few: Cell, many: Cell) -> BySeed:
+        return paired(few.final("train_loss"), many.final("train_loss"), lambda a, b: a / b - 1)
+
+    return [
+        Part(
+            "loss of final test accuracy, HF's minus block-diagonal HF's",
+            paired(lost(small_hf, large_hf), lost(small, large), difference),
+            least=0.002,
+            unit="points",
+        ),
+        Part(
+            "rise of the final training loss, HF's minus block-diagonal HF's",
+            paired(raised(small_hf, large_hf), raised(small, large), difference),
+            least=0.02,
+        ),
+    ]

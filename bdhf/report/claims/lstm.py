@@ -1,0 +1,63 @@
+"""What the paper says of the LSTM (figure 2)."""
+
+from __future__ import annotations
+
+from bdhf.report.claims.common import better_than_adam, loses_less_as_curvature_shrinks
+from bdhf.report.evidence import Evidence, difference, paired, share_below, times_fewer
+from bdhf.report.verdicts import Part, claim
+
+NAME = "lstm"
+
+
+@claim(
+    "L1",
+    "Block-diagonal HF with a large mini-batch needs fewer updates, reaches a lower training loss "
+    "and a better test accuracy than Adam at any mini-batch size.",
+)
+def better_than_any_adam(evidence: Evidence) -> list[Part]:
+    """Block-diagonal HF with its smallest curvature mini-batch against, seed by seed, the best of
+    Adam over its mini-batches: at least 1.5 times fewer updates to the target accuracy, a final
+    training loss at least 5 % lower and a final test accuracy at least 0.5 points higher, Adam
+    being at its plateau."""
+    return better_than_adam(evidence, NAME, "test_accuracy")
+
+
+@claim("L2", "Against HF it needs fewer updates and reaches better minima.")
+def better_than_hf(evidence: Evidence) -> list[Part]:
+    """At each curvature mini-batch: at least 1.1 times fewer updates to the target accuracy than
+    HF, a final training loss at least 2 % lower, a final test accuracy at least 0.2 points
+    higher."""
+    goal = evidence.goal(NAME)
+    assert goal.metric is not None
+    parts = []
+    for ours, theirs in evidence.pairs(NAME):
+        at = f"curvature {ours.key.curvature_batch_size}"
+        goals = dict.fromkeys(ours.seeds, goal.value)
+        updates = ours.updates_to(goal.metric, goals), theirs.updates_to(goal.metric, goals)
+        losses = ours.final("train_loss"), theirs.final("train_loss")
+        hits = ours.final("test_accuracy"), theirs.final("test_accuracy")
+        parts += [
+            Part(
+                f"updates to the target, {at}: HF's over block-diagonal HF's",
+                paired(*updates, times_fewer),
+                least=1.1,
+                unit="times",
+                neutral=1.0,
+            ),
+            Part(f"final training loss below HF's, {at}", paired(*losses, share_below), 0.02),
+            Part(
+                f"final test accuracy above HF's, {at}",
+                paired(*hits, difference),
+                least=0.002,
+                unit="points",
+            ),
+        ]
+    return parts
+
+
+@claim("L3", "It loses less than HF does as the curvature mini-batch shrinks.")
+def loses_less(evidence: Evidence) -> list[Part]:
+    """From the largest to the smallest curvature mini-batch: HF's loss of final test accuracy is
+    larger than block-diagonal HF's by at least 0.2 points, the rise of its final training loss by
+    at least 2 % of that loss."""
+    return loses_less_as_curvature_shrinks(evidence, NAME, "test_accuracy")

@@ -1,0 +1,102 @@
+"""What the paper says of the ResNet (figure 3). Accuracies are those of the averaged weights."""
+
+from __future__ import annotations
+
+import math
+
+from bdhf.report.claims.common import better_than_adam, loses_less_as_curvature_shrinks
+from bdhf.report.evidence import Evidence, difference, paired, share_below, unsettled
+from bdhf.report.verdicts import Part, claim
+
+NAME = "resnet"
+ACCURACY = "averaged_test_accuracy"
+
+
+@claim(
+    "R1",
+    "Block-diagonal HF with a large mini-batch gets a test accuracy comparable to Adam with a "
+    "small one.",
+)
+def accuracy_of_adam(evidence: Evidence) -> list[Part]:
+    """Block-diagonal HF with its smallest curvature mini-batch: its final test accuracy is at most
+    2 points below that of Adam with its smallest mini-batch, in every seed, Adam being at its
+    plateau."""
+    adam, ours = evidence.of(NAME, "adam")[0], evidence.of(NAME, "bdhf")[0]
+    return [
+        Part(
+            "final test accuracy minus that of Adam with its smallest mini-batch",
+            paired(ours.final(ACCURACY), adam.final(ACCURACY), difference),
+            least=-0.02,
+            unit="points",
+            neutral=-0.02,
+            untested=unsettled([adam]),
+        )
+    ]
+
+
+@claim(
+    "R2",
+    "It gets a slightly lower training loss and a higher test accuracy than HF at three curvature "
+    "mini-batch sizes.",
+)
+def better_than_hf(evidence: Evidence) -> list[Part]:
+    """At each curvature mini-batch: a final training loss at least 1 % lower than HF's, and a
+    final test accuracy at least 0.5 points higher. (The paper has three sizes, the laptop scale
+    two.)"""
+    parts = []
+    for ours, theirs in evidence.pairs(NAME):
+        at = f"curvature {ours.key.curvature_batch_size}"
+        losses = ours.final("train_loss"), theirs.final("train_loss")
+        hits = ours.final(ACCURACY), theirs.final(ACCURACY)
+        parts += [
+            Part(f"final training loss below HF's, {at}", paired(*losses, share_below), 0.01),
+            Part(
+                f"final test accuracy above HF's, {at}",
+                paired(*hits, difference),
+                least=0.005,
+                unit="points",
+            ),
+        ]
+    return parts
+
+
+@claim("R3", "Its training is substantially more stable than HF's.")
+def more_stable(evidence: Evidence) -> list[Part]:
+    """At each curvature mini-batch: all that the log of the training loss goes up between
+    evaluations, summed over the course (infinite where a run diverges), is at most half of
+    HF's."""
+    parts = []
+    for ours, theirs in evidence.pairs(NAME):
+        rises = ours.total_rise("train_loss"), theirs.total_rise("train_loss")
+        parts.append(
+            Part(
+                f"total rise of the training loss below HF's, "
+                f"curvature {ours.key.curvature_batch_size}",
+                paired(*rises, _calmer),
+                least=0.5,
+            )
+        )
+    return parts
+
+
+def _calmer(ours: float, theirs: float) -> float:
+    """By which share ours rises less; none where theirs does not rise."""
+    if theirs == 0.0:
+        return 0.0 if ours == 0.0 else -math.inf
+    return share_below(ours, theirs)
+
+
+@claim(
+    "R4",
+    "Block-diagonal HF with a large mini-batch needs fewer updates, reaches a lower training loss "
+    "and a better test accuracy than Adam at any mini-batch size (L1, word for word).",
+)
+def better_than_any_adam(evidence: Evidence) -> list[Part]:
+    """As L1, for the ResNet."""
+    return better_than_adam(evidence, NAME, ACCURACY)
+
+
+@claim("R5", "It loses less than HF does as the curvature mini-batch shrinks (L3, word for word).")
+def loses_less(evidence: Evidence) -> list[Part]:
+    """As L3, for the ResNet."""
+    return loses_less_as_curvature_shrinks(evidence, NAME, ACCURACY)

@@ -1,0 +1,41 @@
+"""What the paper says of large mini-batches."""
+
+from __future__ import annotations
+
+from bdhf.report.evidence import Evidence, UntestedError, paired, times_fewer
+from bdhf.report.verdicts import Part, claim
+
+
+@claim("S1", "Block-diagonal HF scales better to large mini-batches than first-order methods.")
+def scales_better(evidence: Evidence) -> list[Part]:
+    """In each experiment: from its smallest to its largest mini-batch Adam needs at least 1.5 times
+    the epochs to the target; and block-diagonal HF, with its large mini-batch and smallest
+    curvature mini-batch, needs at least 1.5 times fewer epochs to it than Adam with its largest
+    mini-batch, which is no larger."""
+    parts = []
+    for experiment in sorted({name for name, _ in evidence.cells}):
+        goal = evidence.goal(experiment)
+        small, *rest = evidence.of(experiment, "adam")
+        if not rest:
+            raise UntestedError(f"Adam has runs of one mini-batch size only in {experiment}")
+        ours, large = evidence.of(experiment, "bdhf")[0], rest[-1]
+        if large.key.batch_size > ours.key.batch_size:
+            raise UntestedError(f"Adam's largest mini-batch is larger than HF's in {experiment}")
+        parts += [
+            Part(
+                f"{experiment}: epochs to the target, Adam's largest over its smallest mini-batch",
+                paired(small.epochs_to(goal), large.epochs_to(goal), times_fewer),
+                least=1.5,
+                unit="times",
+                neutral=1.0,
+            ),
+            Part(
+                f"{experiment}: epochs to the target, {large} over block-diagonal HF, "
+                f"mini-batch {ours.key.batch_size}",
+                paired(ours.epochs_to(goal), large.epochs_to(goal), times_fewer),
+                least=1.5,
+                unit="times",
+                neutral=1.0,
+            ),
+        ]
+    return parts

@@ -1,0 +1,248 @@
+"""What a claim is judged on: the cells of a scale, its timings and its CG solves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from bdhf.config import TargetConfig
+from bdhf.experiment import experiment_names, target
+from bdhf.record import read_table
+from bdhf.report import quantities
+from bdhf.report.quantities import Series
+from bdhf.report.table import CellKey, Curves, read_curves
+from bdhf.summary import is_better_higher
+
+#: A value for each seed.
+BySeed = dict[int, float]
+
+#: Adam counts as at its plateau when its training loss went down by less than this share in the
+#: second half of its run.
+PLATEAU = 0.05
+
+NAMES = {"adam": "Adam", "hf": "HF", "bdhf": "block-diagonal HF"}
+
+
+class UntestedError(Exception):
+    """A claim cannot be judged on what there is; the message says why."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All runs that differ by seed only, and what is read off their curves."""
+
+    key: CellKey
+    curves: Curves
+
+    def __str__(self) -> str:
+        key = self.key
+        words = f"{NAMES.get(key.optimizer, key.optimizer)}, mini-batch {key.batch_size}"
+        if key.curvature_batch_size is not None:
+            words += f", curvature {key.curvature_batch_size}"
+        return f"{words} ({key.changed})" if key.changed else words
+
+    @property
+    def seeds(self) -> list[int]:
+        """Its seeds."""
+        return self.curves.seeds
+
+    def course(self, seed: int, metric: str) -> Series:
+        """A metric at ``curves.update``, the worst value from where the run diverged."""
+        k = self.curves.seeds.index(seed)
+        values = self.curves.columns[metric][k].copy()
+        if self.curves.diverged[k]:
+            worst = -math.inf if is_better_higher(metric) else math.inf
+            known = np.flatnonzero(~np.isnan(values))
+            # The last row is the one in which it was found to have diverged.
+            values[known[-1] if len(known) else 0 :] = worst
+        return values
+
+    def final(self, metric: str) -> BySeed:
+        """The median over the last tenth of the updates."""
+        return self._by_seed(lambda s: quantities.final(self.update, self.course(s, metric)))
+
+    def at_epoch(self, metric: str, epoch: float) -> BySeed:
+        """The median over the tenth of the course that ends at ``epoch``."""
+        return self._by_seed(lambda s: quantities.final(self.epoch, self.course(s, metric), epoch))
+
+    def updates_to(self, metric: str, goals: BySeed) -> BySeed:
+        """The first evaluated update that meets each seed's goal; infinite where none does."""
+        higher = is_better_higher(metric)
+        return {
+            seed: quantities.first_at(self.update, self.course(seed, metric), goal, higher)
+            for seed, goal in goals.items()
+            if seed in self.seeds
+        }
+
+    def epochs_to(self, goal: TargetConfig) -> BySeed:
+        """The same in epochs, for one goal."""
+        assert goal.metric is not None
+        metric, higher = goal.metric, is_better_higher(goal.metric)
+        return self._by_seed(
+            lambda s: quantities.first_at(self.epoch, self.course(s, metric), goal.value, higher)
+        )
+
+    def total_rise(self, metric: str) -> BySeed:
+        """How much the loss goes up in all, in logarithms."""
+        return self._by_seed(lambda s: quantities.total_rise(self.course(s, metric)))
+
+    def descent(self) -> float:
+        """By which share the training loss fell in the second half: the most of any seed."""
+        found = self._by_seed(
+            lambda s: quantities.descent_in_second_half(self.update, self.course(s, "train_loss"))
+        )
+        return max(found.values())
+
+    @property
+    def update(self) -> Series:
+        """Where it was evaluated."""
+        return self.curves.update
+
+    @property
+    def epoch(self) -> Series:
+        """The same in epochs."""
+        found: Series = np.nanmax(self.curves.columns["epoch"], axis=0)
+        return found
+
+    def last_epoch(self) -> float:
+        """Where its runs end."""
+        return float(self.epoch[-1])
+
+    def _by_seed(self, value: Callable[[int], float]) -> BySeed:
+        return {seed: value(seed) for seed in self.seeds}
+
+
+def paired(ours: BySeed, theirs: BySeed, effect: Callable[[float, float], float]) -> BySeed:
+    """An effect for each seed that both have."""
+    return {seed: effect(ours[seed], theirs[seed]) for seed in ours if seed in theirs}
+
+
+def share_below(ours: float, theirs: float) -> float:
+    """By which share ``ours`` is below ``theirs``; worst where only ours diverged."""
+    if math.isinf(ours) and math.isinf(theirs):
+        return math.nan
+    return -math.inf if math.isinf(ours) else 1.0 - ours / theirs
+
+
+def difference(ours: float, theirs: float) -> float:
+    """``ours - theirs``, NaN where both are infinite."""
+    return ours - theirs
+
+
+def times_fewer(ours: float, theirs: float) -> float:
+    """How many times fewer updates (or epochs) ours needed; NaN where neither met the goal."""
+    if math.isinf(ours) and math.isinf(theirs):
+        return math.nan
+    return theirs / max(ours, 1e-9)
+
+
+def within_a_factor_of(limit: float) -> Callable[[float, float], float]:
+    """An effect of 1 or more where two numbers differ by at most this factor; NaN: both infinite."""
+
+    def effect(ours: float, theirs: float) -> float:
+        if math.isinf(ours) and math.isinf(theirs):
+            return math.nan
+        return limit / max(ours / theirs, theirs / ours)
+
+    return effect
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that claims are judged on.
+
+    Attributes:
+        cells: by experiment and optimizer, sorted by mini-batch and curvature mini-batch.
+        others: cells of the studies.
+        times, solves: rows of ``update_times.csv`` and ``cg_solves.csv``.
+        targets: by experiment.
+    """
+
+    cells: dict[tuple[str, str], list[Cell]]
+    others: list[Cell] = field(default_factory=list)
+    times: list[dict[str, str]] = field(default_factory=list)
+    solves: list[dict[str, str]] = field(default_factory=list)
+    targets: dict[str, TargetConfig] = field(default_factory=dict)
+
+    def of(self, experiment: str, optimizer: str) -> list[Cell]:
+        """The cells of an optimizer.
+
+        Raises:
+            UntestedError: there are none.
+        """
+        found = self.cells.get((experiment, optimizer), [])
+        if not found:
+            name = NAMES.get(optimizer, optimizer)
+            raise UntestedError(f"there are no runs of {name} in experiment {experiment}")
+        return found
+
+    def goal(self, experiment: str) -> TargetConfig:
+        """The target of an experiment.
+
+        Raises:
+            UntestedError: it has none at this scale.
+        """
+        found = self.targets.get(experiment)
+        if found is None or found.metric is None:
+            raise UntestedError(f"experiment {experiment} has no target at this scale")
+        return found
+
+    def pairs(self, experiment: str) -> list[tuple[Cell, Cell]]:
+        """Block-diagonal HF and HF at the same mini-batches, smallest curvature first.
+
+        Raises:
+            UntestedError: there are none.
+        """
+        theirs = {_sizes(cell): cell for cell in self.of(experiment, "hf")}
+        found = [
+            (cell, theirs[_sizes(cell)])
+            for cell in self.of(experiment, "bdhf")
+            if _sizes(cell) in theirs
+        ]
+        if not found:
+            raise UntestedError(
+                f"no runs of HF and block-diagonal HF at the same mini-batches in {experiment}"
+            )
+        return found
+
+
+def _sizes(cell: Cell) -> tuple[int, int | None]:
+    return cell.key.batch_size, cell.key.curvature_batch_size
+
+
+def unsettled(cells: Iterable[Cell]) -> str:
+    """Why final values of these Adam runs are not Adam's best; empty where they settled."""
+    still = [(cell, cell.descent()) for cell in cells]
+    words = [f"{cell} by {share:.0%}" for cell, share in still if not share < PLATEAU]
+    if not words:
+        return ""
+    return f"training loss still falls in the second half of the run: {'; '.join(words)}"
+
+
+def gather(curves: dict[CellKey, Curves]) -> dict[tuple[str, str], list[Cell]]:
+    """Cells by experiment and optimizer, in the order of their sizes."""
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for key in sorted(curves, key=lambda k: (k.batch_size, k.curvature_batch_size or 0, k)):
+        found.setdefault((key.experiment, key.optimizer), []).append(Cell(key, curves[key]))
+    return found
+
+
+def read_evidence(results: Path, scale: str) -> Evidence:
+    """The evidence of a scale, from its committed tables.
+
+    Raises:
+        FileNotFoundError: there is no table of curves.
+    """
+    curves = read_curves(results, scale)
+    shipped = {key: curves[key] for key in curves if not (key.changed or key.study)}
+    return Evidence(
+        gather(shipped),
+        [Cell(key, value) for key, value in curves.items() if key not in shipped],
+        read_table(results / scale / "update_times.csv"),
+        read_table(results / scale / "cg_solves.csv"),
+        {name: target(name, scale) for name in experiment_names()},
+    )

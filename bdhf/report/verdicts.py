@@ -1,0 +1,187 @@
+"""From claims to verdicts: the rule, fixed before looking.
+
+A claim has one or more parts, each an effect by seed. A part *holds* if the effect has the same,
+claimed sign in every seed, its median reaches the threshold stated with the part, and, from five
+seeds on, a bootstrap interval of its mean (95 %, BCa) excludes the other sign. A claim *holds* if
+all its parts do, *in part* if some do, and *does not hold* if none does. It is *not tested at this
+scale* where a part cannot be judged: fewer than three seeds, runs that are missing, Adam short of
+its plateau, or a goal that neither side reached.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Literal
+
+import numpy as np
+from scipy.stats import bootstrap
+
+from bdhf.report.evidence import Evidence, UntestedError
+
+Outcome = Literal["holds", "fails", "untested"]
+Word = Literal["holds", "holds in part", "does not hold", "not tested at this scale"]
+
+#: Seeds that a verdict needs, and from how many on it needs a bootstrap interval too.
+LEAST_SEEDS, BOOTSTRAP_SEEDS = 3, 5
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that a claim says.
+
+    Attributes:
+        what: in words.
+        effects: by seed; positive is what is claimed, NaN where nothing can be said.
+        least: the threshold on the median effect.
+        unit: how effects are shown: ``share`` (per cent), ``points`` (of accuracy) or ``times``.
+        neutral: the effect that speaks for neither side.
+        untested: why it cannot be judged, where that is known beforehand.
+    """
+
+    what: str
+    effects: Mapping[int, float]
+    least: float
+    unit: Literal["share", "points", "times"] = "share"
+    neutral: float = 0.0
+    untested: str = ""
+
+    def shown(self, effect: float) -> str:
+        """An effect in words."""
+        if math.isnan(effect):
+            return "undecided"
+        if math.isinf(effect):
+            return "∞" if effect > 0 else "−∞"
+        if self.unit == "points":
+            return f"{100 * effect:+.1f} points"
+        if self.unit == "times":
+            return f"{effect:.3g}×"
+        return f"{effect:.1%}"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A part and how it came out."""
+
+    part: Part
+    outcome: Outcome
+    why: str
+
+    def numbers(self) -> str:
+        """The effect of each seed, and the threshold."""
+        part = self.part
+        values = ", ".join(part.shown(part.effects[seed]) for seed in sorted(part.effects))
+        return f"{values or 'none'} (needs {part.shown(part.least)})"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper.
+
+    Attributes:
+        id: as in the table of claims.
+        text: what the paper says, in our words.
+        definition: what we take that to mean.
+        parts: reads its parts off the evidence.
+    """
+
+    id: str
+    text: str
+    definition: str
+    parts: Callable[[Evidence], list[Part]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim with its verdict."""
+
+    claim: Claim
+    word: Word
+    judged: list[Judged]
+    why: str = ""
+
+
+_CLAIMS: dict[str, Claim] = {}
+
+
+def claim(
+    id_: str, text: str
+) -> Callable[[Callable[[Evidence], list[Part]]], Callable[[Evidence], list[Part]]]:
+    """Register a function as a claim; its docstring is the definition shown beside the verdict."""
+
+    def register(parts: Callable[[Evidence], list[Part]]) -> Callable[[Evidence], list[Part]]:
+        known = _CLAIMS.get(id_)
+        if known is not None and known.parts.__module__ != parts.__module__:
+            raise ValueError(f"claim {id_} is in {known.parts.__module__} already")
+        definition = " ".join((parts.__doc__ or "").split())
+        if not definition:
+            raise ValueError(f"claim {id_}: its function needs a docstring, which defines it")
+        _CLAIMS[id_] = Claim(id_, text, definition, parts)
+        return parts
+
+    return register
+
+
+def claims() -> list[Claim]:
+    """All claims of ``bdhf/report/claims``, the paper's in its order, then others."""
+    from bdhf.report import claims as folder
+
+    for module in pkgutil.iter_modules(folder.__path__):
+        importlib.import_module(f"{folder.__name__}.{module.name}")
+    order = "ALRTSH"
+
+    def place(found: Claim) -> tuple[int, str]:
+        return order.find(found.id[0]) % (len(order) + 1), found.id
+
+    return sorted(_CLAIMS.values(), key=place)
+
+
+def judge(found: Claim, evidence: Evidence, least_seeds: int = LEAST_SEEDS) -> Verdict:
+    """The verdict on a claim."""
+    try:
+        judged = [judge_part(part, least_seeds) for part in found.parts(evidence)]
+    except UntestedError as error:
+        return Verdict(found, "not tested at this scale", [], str(error))
+    outcomes = [part.outcome for part in judged]
+    if "untested" in outcomes:
+        reasons = dict.fromkeys(part.why for part in judged if part.outcome == "untested")
+        return Verdict(found, "not tested at this scale", judged, "; ".join(reasons))
+    if "fails" not in outcomes:
+        return Verdict(found, "holds", judged)
+    return Verdict(found, "holds in part" if "holds" in outcomes else "does not hold", judged)
+
+
+def judge_part(part: Part, least_seeds: int = LEAST_SEEDS) -> Judged:
+    """How a part comes out, by the rule of this module."""
+    effects = np.array(list(part.effects.values()))
+    if part.untested:
+        return Judged(part, "untested", part.untested)
+    if len(effects) < least_seeds:
+        return Judged(part, "untested", f"{len(effects)} of the {least_seeds} seeds it needs")
+    if np.isnan(effects).any():
+        return Judged(part, "untested", f"{part.what}: undecided in some seed")
+    if not (effects >= part.neutral).all():
+        none = (effects < part.neutral).all()
+        return Judged(part, "fails", "in no seed" if none else "not in every seed")
+    if median(effects) < part.least:
+        return Judged(part, "fails", "below the threshold")
+    if len(effects) >= BOOTSTRAP_SEEDS and not _clear(effects, part.neutral):
+        return Judged(part, "fails", "the bootstrap interval includes no effect")
+    return Judged(part, "holds", "")
+
+
+def preview(part: Part) -> Outcome:
+    """How a part comes out at whatever seeds there are, and wherever Adam's curves end."""
+    return judge_part(replace(part, untested=""), least_seeds=1).outcome
+
+
+def _clear(effects: np.ndarray, neutral: float) -> bool:
+    """Whether a bootstrap interval of the mean lies above ``neutral``."""
+    if np.isinf(effects).any() or np.ptp(effects) == 0:
+        return bool((effects >= neutral).all())
+    interval = bootstrap((effects,), np.mean, rng=np.random.default_rng(0)).confidence_interval
+    return bool(interval.low >= neutral)
