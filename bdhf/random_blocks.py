@@ -22,8 +22,8 @@ class RandomBlocks(nn.Module):
         seed: of the draw. The same for all runs, so that seeds differ in what they always do.
 
     Raises:
-        ValueError: there are fewer parameters than blocks, two modules share one, or the network
-            has buffers.
+        ValueError: there are fewer parameters than blocks, two modules share one, one is frozen, or
+            the network has buffers.
     """
 
     places: Tensor
@@ -33,6 +33,8 @@ class RandomBlocks(nn.Module):
         named = dict(network.named_parameters(remove_duplicate=False))
         if len(named) != len(set(named.values())):
             raise ValueError("random blocks: modules of this network share parameters")
+        if not all(parameter.requires_grad for parameter in named.values()):
+            raise ValueError("random blocks: this network has frozen parameters, which would move")
         if any(True for _ in network.buffers()):
             raise ValueError("random blocks: this network has buffers, which nothing would move")
         flat = torch.cat([p.detach().reshape(-1) for p in named.values()])

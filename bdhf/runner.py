@@ -121,8 +121,9 @@ def _done_before(folder: RunFolder, config: Config) -> Ended | None:
 
 
 def _check_network(experiment: Experiment, config: Config) -> None:
-    """Refuse a network that does not fit the data, which need not be loaded for that."""
-    experiment.network(config.network)
+    """Refuse a network that does not fit the data or the optimizer; no data need be loaded."""
+    model = config.optimizer.prepare(experiment.network(config.network))
+    config.optimizer.make(model, experiment.blocks)
     experiment.prepare(stand_in(config.data.name, _COUNTED_ROWS), config.network)
 
 

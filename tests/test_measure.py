@@ -385,7 +385,8 @@ def test_without_damping_no_systems_are_solved(
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and "an update takes " in said[0]
     assert said[1] == (
-        "left out: autoencoder seed 0, CG solves: without damping its curvature mini-batch has a singular G"
+        "left out: autoencoder seed 0, CG solves: without damping its curvature mini-batch has a "
+        "singular G"
     )
 
 

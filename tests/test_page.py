@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import opened
 
 from bdhf.report.interactive import render
 
@@ -22,15 +22,6 @@ BODY = """
 <div class="chart" data-experiment="lstm"></div>
 <div class="chart" data-experiment="resnet"></div>
 """
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 def seed(number: int, losses: list[float], accuracies: list[float], **status: str) -> dict:
@@ -134,19 +125,6 @@ def test_page_needs_no_other_file_and_says_what_is_missing_without_javascript() 
     assert "<noscript>" in own and BODY in own
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip(f"no browser: none of {', '.join(names)} is on the PATH")
-    with playwright.sync_playwright() as running:
-        started = running.chromium.launch(executable_path=path, args=ARGUMENTS)
-        yield started
-        started.close()
-
-
 class Chart:
     """The first chart of a page: what it shows, and its controls."""
 
@@ -182,22 +160,9 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def chart(browser: Any, file: Path) -> Iterator[Chart]:
     """A chart; after the test: no error, nothing asked of the network, no string has run."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    context.set_offline(True)
-    page = context.new_page()
-    page.set_default_timeout(10_000)
-    errors: list[str] = []
-    requests: list[str] = []
-    page.on("console", lambda message: errors.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(file.as_uri())
-    page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length > 0")
-    yield Chart(page)
-    assert errors == []
-    assert [url for url in requests if not url.startswith(("data:", "blob:"))] == [file.as_uri()]
-    assert page.evaluate("window.broken") is None
-    context.close()
+    with opened(browser, file) as page:
+        yield Chart(page)
+        assert page.evaluate("window.broken") is None
 
 
 def test_each_experiment_has_its_chart(chart: Chart) -> None:

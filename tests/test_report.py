@@ -13,7 +13,8 @@ from matplotlib import pyplot
 from suite import EXPERIMENTS, tiny
 
 from bdhf.config import settings_hash, settings_of
-from bdhf.record import read_metrics, write_table
+from bdhf.record import read_metrics, read_provenance, write_json, write_table
+from bdhf.report.evidence import NAMES
 from bdhf.report.figures import draw_figures
 from bdhf.report.table import CellKey, collect, read_curves
 from bdhf.runner import run
@@ -34,9 +35,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def key(optimizer: str, curvature: int | None, *overrides: str) -> CellKey:
-    settings = settings_of(tiny("autoencoder", optimizer, *overrides))
-    return CellKey("autoencoder", optimizer, 60, curvature, settings_hash(settings, ("seed",)))
+def key(optimizer: str, curvature: int | None) -> CellKey:
+    settings = settings_of(tiny("autoencoder", optimizer))
+    hash_ = settings_hash(settings, ("seed",))
+    changed = "network.widths=[64,12,6]" + " optimizer.cg_max_iter=5" * (optimizer != "adam")
+    return CellKey("autoencoder", optimizer, 60, curvature, hash_, changed)
 
 
 BDHF = key("bdhf", 20)
@@ -95,45 +98,54 @@ def test_curves_come_back_by_cell_and_seed(results: Path) -> None:
     assert cell.columns["test_loss"][1].tolist() == expected
 
 
-def test_figure_is_drawn_and_redrawn_the_same(results: Path) -> None:
+def test_figures_are_drawn_and_redrawn_the_same(results: Path) -> None:
     collect(results, "demo")
     paths = draw_figures(results, "demo")
-    assert [p.name for p in paths] == ["figure1_autoencoder.png", "figure1_autoencoder.svg"]
+    stems = ["figure1_autoencoder", "figure1_autoencoder_cost", "figure1_autoencoder_cg"]
+    expected = [f"{stem}{end}" for stem in (*stems, "stability") for end in (".png", ".svg")]
+    assert [p.name for p in paths] == expected
     svg = paths[1].read_text()
     for label in ("Adam, mini-batch 60", "HF, mini-batch 60, curvature 20", "updates", "epochs"):
         assert label in svg
     assert "1 or 2 seeds" in svg
-    before = paths[1].read_bytes()
+    assert "seconds in updates" in paths[3].read_text()
+    assert "block 1; HF has block 0 only" in paths[5].read_text()
+    before = [path.read_bytes() for path in paths[1::2]]
     draw_figures(results, "demo")
-    assert paths[1].read_bytes() == before
+    assert [path.read_bytes() for path in paths[1::2]] == before
 
 
 def test_figure_shows_what_the_table_says(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     collect(results, "demo")
-    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
     draw_figures(results, "demo")
-    axes = pyplot.gcf().axes
     monkeypatch.undo()
-    pyplot.close("all")
-    curves = read_curves(results, "demo")[BDHF]
-    assert [axis.get_ylabel() for axis in axes[::2]] == [
-        "train error (squared, per image)",
-        "test error (squared, per image)",
-    ]
-    for axis, x, metric in (
-        (axes[0], "update", "train_loss"),
-        (axes[1], "epoch", "train_loss"),
-        (axes[2], "update", "test_loss"),
-        (axes[3], "epoch", "test_loss"),
-    ):
-        (line,) = [a for a in axis.get_lines() if str(a.get_label()).startswith("Block")]
-        places = curves.update if x == "update" else curves.columns["epoch"][0]
-        assert np.allclose(line.get_xdata(), places[1:])
-        assert np.allclose(line.get_ydata(), curves.columns[metric].mean(0)[1:])
-        (band,) = axis.collections  # of the only cell with two seeds
-        heights = band.get_paths()[0].vertices[:, 1]
-        assert heights.min() == curves.columns[metric][:, 1:].min()
-        assert heights.max() == curves.columns[metric][:, 1:].max()
+    curves = read_curves(results, "demo")
+    for figure, columns in ((drawn[0], 4), (drawn[1], 2)):
+        axes = figure.axes
+        assert [axis.get_ylabel() for axis in axes[::columns]] == ["train error", "test error"]
+        for place, axis in enumerate(axes):
+            x = (("update", "epoch"), ("gradient_equivalents", "seconds"))[columns == 2][place % 2]
+            metric = ("train_loss", "test_loss")[place // columns]
+            # Adam beside block-diagonal HF on the left, HF beside it on the right.
+            others = (
+                {0: {"adam"}, 1: {"hf"}}[place % columns // 2] if columns == 4 else {"adam", "hf"}
+            )
+            expected = {k: c for k, c in curves.items() if k.optimizer in others | {"bdhf"}}
+            lines = {str(line.get_label()): line for line in axis.get_lines()}
+            assert len(lines) == len(expected)
+            for cell, values in expected.items():
+                (line,) = [v for k, v in lines.items() if k.startswith(NAMES[cell.optimizer])]
+                places = values.update if x == "update" else values.columns[x].mean(0)
+                assert np.allclose(line.get_xdata(), places[1:])
+                assert np.allclose(line.get_ydata(), values.columns[metric].mean(0)[1:])
+            (band,) = axis.collections  # of the only cell with two seeds
+            heights = band.get_paths()[0].vertices[:, 1]
+            assert heights.min() == curves[BDHF].columns[metric][:, 1:].min()
+            assert heights.max() == curves[BDHF].columns[metric][:, 1:].max()
+    for figure in drawn:
+        pyplot.close(figure)
 
 
 def test_runs_with_other_settings_are_other_curves(tmp_path: Path) -> None:
@@ -146,8 +158,11 @@ def test_runs_with_other_settings_are_other_curves(tmp_path: Path) -> None:
     curves = read_curves(tmp_path, "demo")
     assert len(curves) == 3 and all(c.columns["epoch"].shape[0] == 1 for c in curves.values())
     svg = draw_figures(tmp_path, "demo")[1].read_text()
-    for cell in curves:
-        assert f"curvature 20 (settings {cell.settings})" in svg
+    common = "network.widths=[64,12,6] optimizer.cg_max_iter=5"
+    changed = {common, f"{common} optimizer.lr=0.05"}
+    assert {cell.changed for cell in curves} == changed  # its sizes are no cell's
+    for words in changed:
+        assert f"curvature 20 ({words})" in svg
 
 
 def test_a_seed_that_diverged_does_not_hide_the_others(tmp_path: Path) -> None:
@@ -157,12 +172,15 @@ def test_a_seed_that_diverged_does_not_hide_the_others(tmp_path: Path) -> None:
         folder = run(EXPERIMENTS["autoencoder"], values).folder
     rows = read_metrics(folder.path)[:2]
     write_table(folder.path / "metrics.csv", rows)
+    provenance = read_provenance(folder.path)
+    write_json(folder.path / "provenance.json", {**provenance, "status": "diverged"})
     collect(tmp_path, "demo")
     (curves,) = read_curves(tmp_path, "demo").values()
     assert curves.update.tolist() == [0, 2, 4]
     assert np.isnan(curves.columns["train_loss"]).tolist() == [3 * [False], [False, False, True]]
-    _, svg = draw_figures(tmp_path, "demo")
-    assert "Adam, mini-batch 60; 1 of 2 ended early" in svg.read_text()
+    _, svg, *_, stability = draw_figures(tmp_path, "demo")
+    assert "(network.widths=[64,12,6]); 1 of 2 diverged" in svg.read_text()
+    assert "1 of 2 diverged" in stability.read_text()
 
 
 def test_missing_table_says_how_to_make_it(tmp_path: Path) -> None:

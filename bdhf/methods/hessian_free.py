@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from omegaconf import MISSING
 from torch import nn
 
 from bdhf.blocks import ParamGroup, split_into_blocks
-from bdhf.methods import Method, require
+from bdhf.methods import ConfigError, Method, require
 from bdhf.optimizer import BlockDiagonalHF
 from bdhf.random_blocks import RandomBlocks
 from bdhf.training import StepOptimizer
@@ -52,7 +53,8 @@ class HessianFree(Method):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         kind, count = self._chosen()
-        return RandomBlocks(model, count) if kind == "random" else model
+        with self._refusals_named():
+            return RandomBlocks(model, count) if kind == "random" else model
 
     def make(
         self, model: nn.Module, blocks: Callable[[Any], list[ParamGroup]]
@@ -63,12 +65,21 @@ class HessianFree(Method):
         elif kind == "random":
             groups = [{"params": [parameter]} for parameter in model.parameters()]
         elif kind == "contiguous":
-            groups = split_into_blocks(model, count)
+            with self._refusals_named():
+                groups = split_into_blocks(model, count)
         else:
             groups = blocks(model)
         settings = self.keywords()
         del settings["blocks"]
         return groups, BlockDiagonalHF(groups, **settings)
+
+    @contextlib.contextmanager
+    def _refusals_named(self) -> Iterator[None]:
+        """Blocks that the network cannot have are a setting's fault."""
+        try:
+            yield
+        except ValueError as error:
+            raise ConfigError(f"optimizer.blocks={self.blocks}: {error}") from error
 
     def _chosen(self) -> tuple[str, int]:
         """Which kind of blocks, and how many where that is asked."""

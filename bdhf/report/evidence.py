@@ -56,9 +56,9 @@ class Cell:
         values = self.curves.columns[metric][k].copy()
         if self.curves.diverged[k]:
             worst = -math.inf if is_better_higher(metric) else math.inf
-            known = np.flatnonzero(~np.isnan(values))
+            evaluated = np.flatnonzero(~np.isnan(self.curves.columns["epoch"][k]))
             # The last row is the one in which it was found to have diverged.
-            values[known[-1] if len(known) else 0 :] = worst
+            values[evaluated[-1] :] = worst
         return values
 
     def final(self, metric: str) -> BySeed:
@@ -121,6 +121,31 @@ def paired(ours: BySeed, theirs: BySeed, effect: Callable[[float, float], float]
     return {seed: effect(ours[seed], theirs[seed]) for seed in ours if seed in theirs}
 
 
+def side_by_side(
+    ours: Cell, theirs: Cell, metric: str
+) -> tuple[Series, dict[int, tuple[Series, Series]]]:
+    """The updates at which both were evaluated, from the first on, and both courses by seed.
+
+    A cell of which all runs diverged ends early, and counts as worst after that.
+
+    Raises:
+        UntestedError: they were evaluated at different updates.
+    """
+    short, long = sorted((ours, theirs), key=lambda cell: len(cell.update))
+    ended = len(short.update)
+    cut = ended < len(long.update) and not all(short.curves.diverged)
+    if cut or list(short.update) != list(long.update[:ended]):
+        raise UntestedError(f"{ours} and {theirs} were not evaluated at the same updates")
+    begun = long.update > 0
+
+    def whole(cell: Cell, seed: int) -> Series:
+        found = cell.course(seed, metric)
+        return np.pad(found, (0, len(begun) - len(found)), mode="edge")[begun]
+
+    shared = [seed for seed in ours.seeds if seed in theirs.seeds]
+    return long.update[begun], {s: (whole(ours, s), whole(theirs, s)) for s in shared}
+
+
 def share_below(ours: float, theirs: float) -> float:
     """By which share ``ours`` is below ``theirs``; worst where only ours diverged."""
     if math.isinf(ours) and math.isinf(theirs):
@@ -141,7 +166,7 @@ def times_fewer(ours: float, theirs: float) -> float:
 
 
 def within_a_factor_of(limit: float) -> Callable[[float, float], float]:
-    """An effect of 1 or more where two numbers differ by at most this factor; NaN: both infinite."""
+    """An effect of 1 or more where two numbers differ by at most so much; NaN: both infinite."""
 
     def effect(ours: float, theirs: float) -> float:
         if math.isinf(ours) and math.isinf(theirs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -113,28 +114,26 @@ def _cg_figure(cells: list[Cell], title: str) -> Figure:
 def _stability_figure(cells: list[Cell], scale: str) -> Figure:
     """How much the training loss goes up in all: a point for each run."""
     names = sorted({cell.key.experiment for cell in cells})
-    figure, axes = pyplot.subplots(
-        1, len(names), figsize=(4.2 * len(names), 4), layout="constrained", squeeze=False
-    )
+    most = max(sum(cell.key.experiment == name for cell in cells) for name in names)
+    size = (4.6 * len(names), 1.2 + 0.3 * most)
+    figure, axes = pyplot.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         mine = [cell for cell in cells if cell.key.experiment == name]
         for place, cell in enumerate(mine):
-            rises = cell.total_rise("train_loss").values()
-            color = _color(cell.key)
+            rises = list(cell.total_rise("train_loss").values())
+            color = color_of(cell.key.optimizer)
             finite = [rise for rise in rises if math.isfinite(rise)]
-            axis.plot([place] * len(finite), finite, "o", color=color, alpha=0.7)
-            lost = len(rises) - len(finite)
-            if lost:
-                axis.annotate(
-                    f"{lost} diverged", (place, 1.0), xycoords=("data", "axes fraction"),
-                    ha="center", va="top", color=color, fontsize=7,
-                )  # fmt: skip
-        axis.set_xticks(range(len(mine)), [_short(cell.key) for cell in mine], rotation=60)
-        axis.set_xlim(-0.5, len(mine) - 0.5)
-        axis.set_ylim(bottom=0)
+            axis.plot(finite, [place] * len(finite), "o", color=color, alpha=0.7)
+            if lost := len(rises) - len(finite):
+                where = {"xy": (0.98, place), "xycoords": ("axes fraction", "data")}
+                style_ = {"ha": "right", "va": "center", "color": color, "fontsize": 8}
+                axis.annotate(f"{lost} of {len(rises)} diverged", **where, **style_)
+        axis.set_yticks(range(len(mine)), [_short(cell.key) for cell in mine], fontsize=8)
+        axis.set_ylim(len(mine) - 0.5, -0.5)
+        axis.set_xlim(left=0)
         axis.set_title(name)
-        axis.grid(True, axis="y", alpha=0.2)
-    axes[0][0].set_ylabel("rises of the log training loss, summed")
+        axis.grid(True, axis="x", alpha=0.2)
+        axis.set_xlabel("rises of the log training loss, summed")
     figure.suptitle(f"Stability ({scale} scale): 0 is a loss that only goes down")
     return figure
 
@@ -206,7 +205,7 @@ def _plot(axis: Axes, cell: Cell, cells: list[Cell], x: str, metric: str) -> Non
     if not shown.any():
         return
     line, marker = style(cell, cells)
-    color, label = _color(cell.key), str(cell)
+    color, label = color_of(cell.key.optimizer), str(cell)
     lost = [seed for seed, reason in enumerate(curves.diverged) if reason]
     if lost:
         label += f"; {len(lost)} of {len(values)} diverged"
@@ -248,10 +247,6 @@ def style(cell: Cell, cells: list[Cell]) -> tuple[str, str]:
     return _STYLES[mine.index(cell.key) % len(_STYLES)]
 
 
-def _color(key: CellKey) -> str:
-    return color_of(key.optimizer)
-
-
 def color_of(optimizer: str) -> str:
     """The colour of an optimizer, always the same."""
     place = sum(map(ord, optimizer)) % len(_OTHER_COLORS)
@@ -260,7 +255,7 @@ def color_of(optimizer: str) -> str:
 
 def _short(key: CellKey) -> str:
     few = f"/{key.curvature_batch_size}" if key.curvature_batch_size is not None else ""
-    return f"{key.optimizer} {key.batch_size}{few}" + (f"\n{key.changed}" if key.changed else "")
+    return textwrap.shorten(f"{key.optimizer} {key.batch_size}{few} {key.changed}", 30)
 
 
 def _seeds(cells: list[Cell]) -> str:

@@ -19,16 +19,17 @@ def final(x: Series, values: Series, end: float | None = None) -> float:
     """The median over the last tenth of a course that ends at ``end``, since runs jump.
 
     ``end`` is the last x unless it is given. Where no value lies in that tenth, the last before it.
+    Infinite for a run that has diverged by then, however late it did.
     """
     known = np.isfinite(x) & ~np.isnan(values)
     if not known.any():
         return math.nan
     stop = float(x[known][-1]) if end is None else end
     before = known & (x <= stop)
-    inside = before & (x >= 0.9 * stop)
-    if inside.any():
-        return float(np.median(values[inside]))
-    return float(values[before][-1]) if before.any() else math.nan
+    if not before.any():
+        return math.nan
+    last, inside = float(values[before][-1]), before & (x >= 0.9 * stop)
+    return last if math.isinf(last) or not inside.any() else float(np.median(values[inside]))
 
 
 def first_at(x: Series, values: Series, target: float, higher: bool = False) -> float:
@@ -78,11 +79,14 @@ def total_rise(values: Series) -> float:
 def descent_in_second_half(x: Series, values: Series) -> float:
     """By which share a loss went down between half of its course and the end.
 
-    From the median over the tenth before the half to that over the last tenth.
+    From the median over the tenth before the half to that over the last tenth. A run that diverged
+    does not go down any more: minus infinite.
     """
     known = ~np.isnan(values)
     if not known.any():
         return math.nan
+    if np.isinf(values[known]).any():
+        return -math.inf
     stop = float(x[known][-1])
     half = known & (x >= 0.4 * stop) & (x <= 0.5 * stop)
     if not half.any():

@@ -115,7 +115,7 @@ def claim(
 
     def register(parts: Callable[[Evidence], list[Part]]) -> Callable[[Evidence], list[Part]]:
         known = _CLAIMS.get(id_)
-        if known is not None and known.parts.__module__ != parts.__module__:
+        if known is not None and _place(known.parts) != _place(parts):
             raise ValueError(f"claim {id_} is in {known.parts.__module__} already")
         definition = " ".join((parts.__doc__ or "").split())
         if not definition:
@@ -124,6 +124,10 @@ def claim(
         return parts
 
     return register
+
+
+def _place(function: Callable[..., object]) -> tuple[str, str]:
+    return function.__module__, function.__qualname__
 
 
 def claims() -> list[Claim]:
@@ -146,6 +150,8 @@ def judge(found: Claim, evidence: Evidence, least_seeds: int = LEAST_SEEDS) -> V
         judged = [judge_part(part, least_seeds) for part in found.parts(evidence)]
     except UntestedError as error:
         return Verdict(found, "not tested at this scale", [], str(error))
+    if not judged:
+        return Verdict(found, "not tested at this scale", [], "there is nothing to judge it on")
     outcomes = [part.outcome for part in judged]
     if "untested" in outcomes:
         reasons = dict.fromkeys(part.why for part in judged if part.outcome == "untested")

@@ -122,8 +122,7 @@ function buildChart(place, experiment) {
 
   const plot = element("div", { className: "plot", role: "figure" });
   const ends = element("ul", { className: "ends" });
-  const caption = element("p", { className: "caption" }, experiment.title);
-  place.append(caption, options, plot, curves, ends);
+  place.append(options, plot, curves, ends);
 
   function draw() {
     const view = {

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from bdhf.report.evidence import BySeed, Cell, Evidence, UntestedError, paired, share_below
+from bdhf.report.evidence import (
+    BySeed,
+    Cell,
+    Evidence,
+    UntestedError,
+    paired,
+    share_below,
+    side_by_side,
+)
 from bdhf.report.quantities import log_area_between
 from bdhf.report.verdicts import Part, claim
 
@@ -55,13 +63,5 @@ def structure_matters(evidence: Evidence) -> list[Part]:
 
 
 def _lower(ours: Cell, theirs: Cell) -> BySeed:
-    begun = ours.update > 0
-    return {
-        seed: log_area_between(
-            ours.update[begun],
-            ours.course(seed, "train_loss")[begun],
-            theirs.course(seed, "train_loss")[begun],
-        )
-        for seed in ours.seeds
-        if seed in theirs.seeds
-    }
+    updates, courses = side_by_side(ours, theirs, "train_loss")
+    return {seed: log_area_between(updates, *pair) for seed, pair in courses.items()}

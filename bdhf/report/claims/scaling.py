@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bdhf.report.claims.common import EXPERIMENTS
 from bdhf.report.evidence import Evidence, UntestedError, paired, times_fewer
 from bdhf.report.verdicts import Part, claim
 
@@ -13,7 +14,7 @@ def scales_better(evidence: Evidence) -> list[Part]:
     curvature mini-batch, needs at least 1.5 times fewer epochs to it than Adam with its largest
     mini-batch, which is no larger."""
     parts = []
-    for experiment in sorted({name for name, _ in evidence.cells}):
+    for experiment in EXPERIMENTS:
         goal = evidence.goal(experiment)
         small, *rest = evidence.of(experiment, "adam")
         if not rest:

@@ -1,0 +1,176 @@
+"""What is read off curves, on arrays small enough to work out by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from bdhf.report.evidence import difference, share_below, times_fewer, within_a_factor_of
+from bdhf.report.quantities import (
+    descent_in_second_half,
+    final,
+    first_at,
+    log_area_between,
+    share_lower,
+    total_rise,
+)
+
+INF, NAN = math.inf, math.nan
+TENS = np.arange(0.0, 101.0, 10.0)
+
+
+def array(*values: float) -> np.ndarray:
+    return np.array(values)
+
+
+def same(found: float, expected: float) -> None:
+    assert found == pytest.approx(expected, rel=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("x", "values", "end", "expected"),
+    [
+        ([0, 89, 90, 95, 100], [9, 8, 3, 1, 2], None, 2),  # the median of the three from 90 on
+        ([0, 50, 90, 100], [9, 5, 3, 1], None, 2),  # of two: between them
+        ([0, 50, 89, 100], [9, 5, 3, 1], None, 1),
+        ([0, 90, 95, 100], [9, 3, NAN, 1], None, 2),
+        ([0, 80, 90, 100], [9, 4, 3, NAN], None, 3),  # ends where its values do: at 90
+        ([0, 44, 45, 50, 100], [9, 8, 3, 1, 0], 50, 2),
+        ([0, 40, 100], [9, 4, 1], 50, 4),  # nothing from 45 to 50: the last before
+        ([0, 48, 100], [9, NAN, 1], 50, 9),
+        ([10, 20], [9, 8], 5, NAN),  # nothing that early
+        ([0, 10], [NAN, NAN], None, NAN),
+        ([0, NAN, 100], [9, 5, 1], None, 1),
+        ([0, 90, 95, 100], [9, 3, 1, INF], None, INF),  # diverged at the very end
+        ([0, 10, 20, 100], [9, 1, -INF, -INF], None, -INF),
+        ([0, 45, 50, 100], [9, 3, 1, INF], 50, 2),  # only after ``end``
+        ([0, 10, 20, 100], [9, 3, INF, NAN], 50, INF),
+    ],
+)
+def test_final_is_the_median_of_the_last_tenth(
+    x: list[float], values: list[float], end: float | None, expected: float
+) -> None:
+    same(final(array(*x), array(*values), end), expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "target", "higher", "expected"),
+    [
+        ([9, 5, 3, 4], 3, False, 20),  # met exactly counts, and later jumps do not
+        ([9, 5, 3, 4], 5, False, 10),
+        ([9, 5, 3, 4], 2.9, False, INF),
+        ([0.1, NAN, 0.5, 0.4], 0.3, True, 20),
+        ([0.1, 0.2, 0.5, 0.4], 0.6, True, INF),
+        ([9, INF, INF, INF], 9, False, 0),
+        ([0.1, -INF, -INF, -INF], 0.2, True, INF),
+        ([9, 5, 3, 4], NAN, False, INF),
+    ],
+)
+def test_first_at_is_where_the_target_is_met(
+    values: list[float], target: float, higher: bool, expected: float
+) -> None:
+    assert first_at(TENS[:4], array(*values), target, higher) == expected
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        ([1, 2, 3, 4], [2, 3, 4, 3], 3 / 4),
+        ([1, 2, 3, 4], [1, 3, 4, 3], 2.5 / 4),  # a tie is half
+        ([1, NAN, 3, 4], [2, 1, NAN, 4], 1.5 / 2),  # of the points that both have
+        ([1, INF, INF, 1], [2, INF, 1, INF], 2.5 / 4),
+        ([NAN, 1], [1, NAN], NAN),
+    ],
+)
+def test_share_lower(ours: list[float], theirs: list[float], expected: float) -> None:
+    same(share_lower(array(*ours), array(*theirs)), expected)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        ([1, 1, 1], [math.e] * 3, 1),
+        ([math.e] * 3, [1, 1, 1], -1),
+        # At 0, 10 and 40: (10 (0 + 1) / 2 + 30 (1 + 3) / 2) / 40, and not the mean of 0, 1 and 3.
+        ([1, 1, 1], [1, math.e, math.e**3], 65 / 40),
+        ([1, NAN, 1], [1, math.e, math.e**3], 1.5),
+        ([1, INF, INF], [1, 1, 1], -INF),
+        ([1, 1, 1], [1, 1, INF], INF),
+        ([1, 1, INF], [1, INF, INF], NAN),
+        ([1, NAN, NAN], [2, 2, 2], NAN),
+        ([1, 1, NAN], [1, math.e, INF], 0.5),  # what only one of them has does not count
+    ],
+)
+def test_log_area_between(ours: list[float], theirs: list[float], expected: float) -> None:
+    same(log_area_between(array(0, 10, 40), array(*ours), array(*theirs)), expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([8, 4, 2, 2], 0),
+        ([8, 4, 8, 2], math.log(2)),
+        ([2, 4, 3, 6, 1], math.log(4)),
+        ([2, NAN, 4, 1], math.log(2)),
+        ([8, 4, INF, INF], INF),
+    ],
+)
+def test_total_rise(values: list[float], expected: float) -> None:
+    same(total_rise(array(*values)), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 0),
+        ({90: 6, 100: 6}, 0.25),
+        ({100: 4}, 0.25),  # the median of 90 and 100 is 6
+        ({90: 9, 100: 9}, -0.125),
+        ({0: 90, 30: 90, 60: 90, 80: 90}, 0),  # neither of the two tenths
+        ({40: 10, 50: 14, 90: 6, 100: 6}, 0.5),  # the median of 40 and 50 is 12
+        ({40: 12, 50: NAN, 90: 6, 100: NAN}, 0.5),  # ends at 90: from 36 to 45
+        ({40: NAN, 50: NAN}, NAN),
+        ({100: INF}, -INF),
+        (dict.fromkeys((30, 40, 50, 60, 70, 80, 90, 100), INF), -INF),
+        (dict.fromkeys(range(0, 101, 10), NAN), NAN),
+    ],
+)
+def test_descent_in_second_half(changes: dict[int, float], expected: float) -> None:
+    values = np.full(11, 8.0)
+    for x, value in changes.items():
+        values[x // 10] = value
+    same(descent_in_second_half(TENS, values), expected)
+
+
+@pytest.mark.parametrize(
+    ("effect", "ours", "theirs", "expected"),
+    [
+        (share_below, 3, 4, 0.25),
+        (share_below, 5, 4, -0.25),
+        (share_below, INF, 4, -INF),
+        (share_below, 3, INF, 1),
+        (share_below, INF, INF, NAN),
+        (difference, 0.9, 0.4, 0.5),
+        (difference, -INF, 0.4, -INF),
+        (difference, 0.9, -INF, INF),
+        (difference, -INF, -INF, NAN),
+        (times_fewer, 10, 40, 4),
+        (times_fewer, 10, INF, INF),
+        (times_fewer, INF, 40, 0),
+        (times_fewer, INF, INF, NAN),
+        (times_fewer, 0, 40, 4e10),
+        (within_a_factor_of(2), 10, 16, 1.25),
+        (within_a_factor_of(2), 16, 10, 1.25),
+        (within_a_factor_of(2), 10, 40, 0.5),
+        (within_a_factor_of(2), INF, 40, 0),
+        (within_a_factor_of(2), 40, INF, 0),
+        (within_a_factor_of(2), INF, INF, NAN),
+    ],
+)
+def test_effects(
+    effect: Callable[[float, float], float], ours: float, theirs: float, expected: float
+) -> None:
+    same(effect(ours, theirs), expected)
