@@ -184,15 +184,17 @@ def changed_settings(
 ) -> str:
     """What a run has that is not as shipped, as ``optimizer.lr=0.05 ...``; empty: nothing.
 
-    Seed, sizes and all that is outside the hash do not count; how often it was evaluated does where
-    its sizes are those of a cell.
+    Seed and what is outside the hash do not count. Sizes, and with them the number of updates and
+    how often it was evaluated, are compared with those of the cell that has the same mini-batches;
+    where there is none, the mini-batches themselves count.
     """
     sizes = ("batch_size", "curvature_batch_size")
     mine = [cell for cell in cells if all(cell[key] == settings[key] for key in sizes)]
-    expected = {**shipped, "evaluate_every": settings["evaluate_every"], **(mine or [{}])[0]}
-    aside = (*_OUTSIDE_THE_HASH, *sizes, "seed")
+    expected = {**shipped, **dict.fromkeys(sizes)}
+    expected |= mine[0] if mine else {key: settings[key] for key in ("updates", "evaluate_every")}
+    aside = ({*_OUTSIDE_THE_HASH} - {"updates"}) | {"seed"}
     now, before = (
-        _flat({k: v for k, v in _without_nulls(values).items() if k not in aside})
+        _flat({key: value for key, value in values.items() if key not in aside})
         for values in (settings, expected)
     )
     keys = sorted(key for key in now if key != "data.root" and now[key] != before.get(key))

@@ -117,7 +117,7 @@ def network() -> nn.Sequential:
 
 def halves(model: Any) -> list[dict[str, Any]]:
     """An experiment's own blocks, unlike any that are of equal size."""
-    return [{"params": list(model[0].parameters())}, {"params": list(model[2:].parameters())}]
+    return [{"params": list(model[:4].parameters())}, {"params": list(model[4].parameters())}]
 
 
 def made(name: str, blocks: str | None) -> tuple[nn.Module, list[list[int]], BlockDiagonalHF]:
@@ -136,7 +136,7 @@ def made(name: str, blocks: str | None) -> tuple[nn.Module, list[list[int]], Blo
     ("name", "blocks", "expected"),
     [
         ("hf", None, [[20, 5, 25, 5, 15, 3]]),
-        ("bdhf", None, [[20, 5], [25, 5, 15, 3]]),
+        ("bdhf", None, [[20, 5, 25, 5], [15, 3]]),
         ("bdhf", "1", [[20, 5, 25, 5, 15, 3]]),
         ("bdhf", "3", [[20, 5], [25, 5], [15, 3]]),
         ("bdhf", "random-1", [[73]]),

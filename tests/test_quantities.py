@@ -63,6 +63,7 @@ def test_final_is_the_median_of_the_last_tenth(
         ([9, 5, 3, 4], 5, False, 10),
         ([9, 5, 3, 4], 2.9, False, INF),
         ([0.1, NAN, 0.5, 0.4], 0.3, True, 20),
+        ([0.1, 0.2, 0.5, 0.4], 0.5, True, 20),
         ([0.1, 0.2, 0.5, 0.4], 0.6, True, INF),
         ([9, INF, INF, INF], 9, False, 0),
         ([0.1, -INF, -INF, -INF], 0.2, True, INF),

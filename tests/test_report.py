@@ -38,8 +38,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def key(optimizer: str, curvature: int | None) -> CellKey:
     settings = settings_of(tiny("autoencoder", optimizer))
     hash_ = settings_hash(settings, ("seed",))
-    changed = "network.widths=[64,12,6]" + " optimizer.cg_max_iter=5" * (optimizer != "adam")
-    return CellKey("autoencoder", optimizer, 60, curvature, hash_, changed)
+    changed = {
+        "adam": "batch_size=60 network.widths=[64,12,6]",
+        "hf": "batch_size=60 curvature_batch_size=20 network.widths=[64,12,6] "
+        "optimizer.cg_max_iter=5",
+    }
+    changed["bdhf"] = changed["hf"]
+    return CellKey("autoencoder", optimizer, 60, curvature, hash_, changed[optimizer])
 
 
 BDHF = key("bdhf", 20)
@@ -160,7 +165,8 @@ def test_runs_with_other_settings_are_other_curves(tmp_path: Path) -> None:
     svg = draw_figures(tmp_path, "demo")[1].read_text()
     common = "network.widths=[64,12,6] optimizer.cg_max_iter=5"
     changed = {common, f"{common} optimizer.lr=0.05"}
-    assert {cell.changed for cell in curves} == changed  # its sizes are no cell's
+    sizes = "batch_size=60 curvature_batch_size=20"  # no cell's
+    assert {cell.changed for cell in curves} == {f"{sizes} {words}" for words in changed}
     for words in changed:
         assert f"curvature 20 ({words})" in svg
 

@@ -230,7 +230,7 @@ def test_killed_run_continues_to_the_same_metrics(
             save(folder, checkpoint)
 
     updates = 0
-    original = Training._update
+    original = Training.update
 
     def killed(training: Training) -> None:
         nonlocal updates
@@ -241,7 +241,7 @@ def test_killed_run_continues_to_the_same_metrics(
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "save_checkpoint", every_other)
-        patch.setattr(Training, "_update", killed)
+        patch.setattr(Training, "update", killed)
         with pytest.raises(Killed):
             make(tmp_path / "cut", *sizes, **kind)
     folder = make(tmp_path / "cut", *sizes, **kind)
@@ -268,7 +268,7 @@ def test_run_is_not_continued_on_other_data(
     before = {p.name: p.read_bytes() for p in folder.path.iterdir()}
     images = load("digits", "")
     other = dataclasses.replace(images, source="another copy", sha256="0" * 64)
-    monkeypatch.setattr(bdhf.runner, "load", lambda name, root: other)
+    monkeypatch.setattr(bdhf.runner, "load", lambda name, root, rows: other)
     with pytest.raises(DataError, match=r"was begun on other data \(scikit-learn.*than data\.root"):
         make(tmp_path, "updates=4")
     assert {p.name: p.read_bytes() for p in folder.path.iterdir()} == before
@@ -368,7 +368,7 @@ def test_failed_run_says_why_and_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_update", lambda self: 1 / 0)
+        patch.setattr(Training, "update", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             make(tmp_path)
     (path,) = (tmp_path / "runs" / "demo" / "autoencoder").iterdir()
@@ -563,13 +563,13 @@ def test_checkpoint_restores_the_random_stream(
 ) -> None:
     """What a dropout layer would draw next."""
     draws = {}
-    original = Training._update
+    original = Training.update
 
     def drawing(training: Training) -> None:
         original(training)
         draws.setdefault(training.progress.update, []).append(torch.rand(()).item())
 
-    monkeypatch.setattr(Training, "_update", drawing)
+    monkeypatch.setattr(Training, "update", drawing)
     make(tmp_path / "whole", "updates=4")
     make(tmp_path / "cut", "updates=2")
     make(tmp_path / "cut", "updates=4")

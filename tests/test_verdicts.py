@@ -86,29 +86,33 @@ def curves(
     jumps: tuple[int, float] = (0, 1.0),
     test_jumps: tuple[int, float] = (0, 1.0),
     late: float = 1.0,
+    one: dict[str, Any] | None = None,
     seeds: tuple[int, ...] = SEEDS,
     diverged: int | dict[int, int] | None = None,
 ) -> Curves:
     """Losses fall at ``reach`` to a fifth; from half way on, that of training to ``late`` of it.
 
-    Seeds differ by more than cells do, so that only what is paired by seed comes out.
+    ``one`` is what differs in seed 1. Seeds differ by more than cells do, so that only what is
+    paired by seed comes out.
     """
     ends = diverged if isinstance(diverged, dict) else dict.fromkeys(seeds, diverged)
+    usual = {"train": train, "test": test, "hits": hits, "reach": reach, "jumps": jumps}
+    usual |= {"late": late}
     rows = []
     for seed in seeds:
-        up, end = np.where(update < reach, 5.0, 1.0) * (1 + 0.1 * seed), ends.get(seed)
-        accuracy = np.where(update < reach, 0.1, hits) + 0.01 * seed
-        row = {"epoch": update * batch_size / 10_000, "train_loss": train * up}
-        row |= {"test_loss": test * up, "test_accuracy": accuracy}
-        row["train_loss"] = row["train_loss"] * np.where(update > update[-1] / 2, late, 1.0)
-        for name, (count, factor) in (("train_loss", jumps), ("test_loss", test_jumps)):
+        own, end = usual | (one or {} if seed == 1 else {}), ends.get(seed)
+        before = update < own["reach"]
+        up = np.where(before, 5.0, 1.0) * (1 + 0.1 * seed)
+        row = {"epoch": update * batch_size / 10_000, "test_loss": own["test"] * up}
+        row["train_loss"] = own["train"] * up * np.where(update > update[-1] / 2, own["late"], 1.0)
+        row["test_accuracy"] = np.where(before, 0.1, own["hits"]) + 0.01 * seed
+        for name, (count, factor) in (("train_loss", own["jumps"]), ("test_loss", test_jumps)):
             row[name][30 : 30 + 2 * count : 2] *= factor
         for values in row.values() if end is not None else ():
             values[update > end] = NAN
         rows.append(row)
     kept = ~np.isnan([row["epoch"] for row in rows]).all(axis=0)
     columns = {name: np.array([row[name][kept] for row in rows]) for name in rows[0]}
-    # The ResNet's claims are about the averaged weights, and its raw accuracies say nothing.
     return Curves(update[kept], columns, list(seeds), ["inf" if s in ends else "" for s in seeds]
                   if diverged is not None else [""] * len(seeds))  # fmt: skip
 
@@ -150,7 +154,13 @@ def evidence(changes: Changes | None = None) -> Evidence:
             elif kind == "solve":
                 solves += list(solved(experiment, rest, **knobs)) * (experiment != "autoencoder")
             elif kind == "blocks":
-                others.append(Cell(*cell(experiment, name, **knobs)))
+                if experiment != "autoencoder":
+                    knobs["train"] = 9.0
+                key, found = cell(experiment, name, **knobs)
+                # Only the last is for H1: the others changed more than the blocks.
+                for more in ({"changed": f"{key.changed} lr=1"}, {"curvature_batch_size": 250}):
+                    others.append(Cell(replace(key, **more), cell(experiment, name, train=9.0)[1]))
+                others.insert(0, Cell(key, found))
             else:
                 if kind == "hf":  # seeds in another order
                     knobs.setdefault("seeds", BACKWARDS)
@@ -160,11 +170,11 @@ def evidence(changes: Changes | None = None) -> Evidence:
 
 
 def timings(
-    experiment: str, optimizer: str, seconds: float, seeds: tuple[int, ...] = SEEDS
+    experiment: str, optimizer: str, seconds: float, seeds: Any = SEEDS, one: float = 0.0
 ) -> Iterator[dict[str, str]]:
     for seed in seeds:
-        for factor in (0.9, 50.0, 1.0):  # one round got in the way of something
-            time = factor * seconds * (1 + seed)
+        for factor in (0.9, 50.0 if optimizer == "hf" else 1.1, 1.0):  # HF was held up once
+            time = factor * (one if one and seed == 1 else seconds) * (1 + seed)
             yield {"experiment": experiment, "optimizer": optimizer, "seed": str(seed),
                    "seconds": str(time)}  # fmt: skip
 
@@ -230,11 +240,11 @@ CASES: list[tuple[str, Changes, set[int]]] = [
     ("L2", {"hf-125": {"reach": 22}}, set()),
     ("L2", {"hf-125": {"reach": 21}}, {0}),
     ("L2", {"hf-250": {"reach": 21}}, {3}),
-    ("L2", {"hf-125": {"train": 1.0}}, set()),
-    ("L2", {"hf-125": {"train": 0.99}}, {1}),
+    ("L2", {"hf-125": {"train": 0.996}}, set()),
+    ("L2", {"hf-125": {"train": 0.992}}, {1}),
     ("L2", {"bdhf-250": {"train": 0.985}}, {4}),
-    ("L2", {"bdhf-125": {"hits": 0.947}}, set()),
-    ("L2", {"bdhf-125": {"hits": 0.946}}, {2}),
+    ("L2", {"bdhf-125": {"hits": 0.9467}}, set()),
+    ("L2", {"bdhf-125": {"hits": 0.9463}}, {2}),
     ("L2", {"bdhf-250": {"hits": 0.95}}, {5}),
     ("L2", {"bdhf": A3_WORSE}, set(range(6))),
     ("L3 R5", {"bdhf-125": {"hits": 0.9523}}, set()),
@@ -283,6 +293,30 @@ CASES: list[tuple[str, Changes, set[int]]] = [
     ("H1", {"blocks-8": {"train": 1.09}, "blocks-random-8": {"train": 1.2}}, {4}),
     ("H1", {"bdhf-125": {"train": 1.2}, "blocks-4": {"train": 1.2}, "blocks-8": {"train": 1.2}},
      {0, 1, 2, 3, 4}),
+    # The last epoch that both reach, where the larger mini-batch is not there yet.
+    ("A1", {"adam-300": {"reach": 280, "test": 10.0}}, set()),
+    ("S1", {"adam-300": None, "adam-1000": {"reach": 220}}, set()),  # as large as HF's, no larger
+    # One seed: below the threshold, where the median counts; and against the claim.
+    ("A1", {"adam-300": {"one": {"reach": 140}}}, {2}),
+    ("A1", {"adam-300": {"one": {"reach": 80}}}, {0, 2}),
+    ("A2", {"adam-100": {"one": {"reach": 20}}}, set()),
+    ("A2", {"adam-100": {"one": {"reach": 0}}}, {1}),
+    ("A2", {"bdhf-125": {"one": {"test": 11.3}}}, {0}),
+    ("A3 A4", {"bdhf-125": {"one": {"jumps": (3, 1.1)}}, "hf-125": FLAT}, set()),
+    ("A3 A4", {"bdhf-125": {"one": {"train": 1.031}}, "hf-125": FLAT}, {0, 1}),
+    ("L1 R4", {"adam-300": {"one": {"reach": 20}}}, set()),
+    ("L1 R4", {"adam-300": {"one": {"reach": 0}}}, {0}),
+    ("L2", {"hf-125": {"one": {"reach": 20}}}, set()),
+    ("L2", {"hf-125": {"one": {"reach": 19}}}, {0}),
+    ("R1", {"bdhf-125": {"one": {"hits": 0.925}}}, {0}),
+    ("T1", {"time-bdhf": {"one": 1.3}}, {0, 2, 4}),
+    ("T1", {"time-adam": {"one": 1.0}}, set()),
+    ("T1", {"time-adam": {"one": 1.3}}, {1, 3, 5}),
+    ("S1", {"adam-300": {"one": {"reach": 120}}}, set()),
+    ("S1", {"adam-300": {"one": {"reach": 80}}}, {0, 2, 4}),
+    ("S1", {"adam-300": {"one": {"reach": 140}}, "bdhf-125": {"one": {"reach": 36}}}, set()),
+    ("S1", {"adam-300": {"one": {"reach": 100}}, "bdhf-125": {"one": {"reach": 36}}}, {1, 3, 5}),
+    ("H1", {"blocks-4": {"one": {"train": 1.09}}}, {3}),
     # Runs that diverged: all seeds, one seed, and one at its very end.
     ("A1", {"adam-300": {"diverged": 100}}, {2}),
     ("A1", {"adam-100": {"diverged": 100}}, {0, 1, 2}),
@@ -408,8 +442,7 @@ def test_plateau_matters_only_where_final_values_of_adam_are_compared() -> None:
     words = {id_: judge(BY_ID[id_], short).word for id_ in IDS}
     assert {id_ for id_ in IDS if words[id_] == UNTESTED} == {"A1", "A2", "L1", "R1", "R4"}
     assert world("A1", {"adam": {"late": 0.96}})[0] == HOLDS
-    # With a little more than that at the edge, one seed is enough.
-    assert world("R1", {"adam-100": {"late": 0.949}})[0] == UNTESTED
+    assert world("R1", {"adam-100": {"one": {"late": 0.949}}})[0] == UNTESTED  # one seed is enough
 
 
 def test_curves_at_other_updates_are_not_compared() -> None:

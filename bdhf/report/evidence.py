@@ -24,6 +24,9 @@ BySeed = dict[int, float]
 #: second half of its run.
 PLATEAU = 0.05
 
+_SIZES = ("batch_size=", "curvature_batch_size=")
+
+#: What optimizers are called.
 NAMES = {"adam": "Adam", "hf": "HF", "bdhf": "block-diagonal HF"}
 
 
@@ -43,7 +46,8 @@ class Cell:
         words = f"{NAMES.get(key.optimizer, key.optimizer)}, mini-batch {key.batch_size}"
         if key.curvature_batch_size is not None:
             words += f", curvature {key.curvature_batch_size}"
-        return f"{words} ({key.changed})" if key.changed else words
+        others = [w for w in key.changed.split() if not w.startswith(_SIZES)]  # said already
+        return f"{words} ({' '.join(others)})" if others else words
 
     @property
     def seeds(self) -> list[int]:

@@ -29,8 +29,8 @@ _DEVIATIONS = Path(__file__).parent / "assets" / "deviations.md"
 #: Said with the rule, since a rule that follows the results proves nothing.
 _FIXED = (
     "When it was fixed: definitions and thresholds were committed (`git log bdhf/report/claims`) "
-    "when, of laptop scale, the first and part of the second of three seeds were there, and of paper "
-    "scale nothing."
+    "when, of laptop scale, the first and part of the second of three seeds were there, and of "
+    "paper scale nothing."
 )
 _OUTCOMES = {"holds": "holds", "fails": "does not hold", "untested": "not tested"}
 

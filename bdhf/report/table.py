@@ -214,6 +214,11 @@ def read_curves(results: Path, scale: str) -> dict[CellKey, Curves]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there; make collect SCALE={scale} writes it")
     facts = {run["run"]: run for run in read_table(results / scale / "runs.csv")}
+    if any("changed" not in run for run in facts.values()):
+        raise FileNotFoundError(
+            f"{path} is of an older version; delete it and runs.csv beside it, and make collect "
+            f"SCALE={scale} makes them anew from the run folders"
+        )
     runs: dict[CellKey, dict[int, list[dict[str, float | int | None]]]] = {}
     diverged: dict[tuple[CellKey, int], str] = {}
     for row in read_table(path):

@@ -50,8 +50,9 @@ class Trials:
 
 
 def changes(cell: Cell) -> str:
-    """What a trial changed, without the split that all trials have."""
-    words = [w for w in cell.key.changed.split() if not w.startswith("data.validation_rows=")]
+    """What a trial changed, without the split and the budget, which all trials have."""
+    common = ("data.validation_rows=", "updates=")
+    words = [w for w in cell.key.changed.split() if not w.startswith(common)]
     return " ".join(word.removeprefix("optimizer.") for word in words)
 
 

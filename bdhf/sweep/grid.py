@@ -75,7 +75,8 @@ def expand(arguments: Sequence[str]) -> Grid:
     ``experiment`` is all of them unless it is given. Keys that are not given are swept as
     ``hydra.sweeper.params`` of the experiment at that scale says; with ``study=NAME``, as each line
     of ``configs/studies/NAME.yaml`` for that experiment and scale says, and ``study=null,NAME`` is
-    both. Hydra must be initialized.
+    both; keys that are given then choose among a line's values (seeds replace them). Hydra must be
+    initialized.
 
     Raises:
         ConfigError: an argument is no list of values, or there is no such study.
@@ -126,7 +127,14 @@ def _points(
         for line in lines:
             parsed = parser.parse_overrides([f"seed={params.get('seed', 0)}", *line])
             inner = {o.get_key_element(): _choices(o) for o in parsed}
-            inner |= {key: values for key, values in axes.items() if key not in outer}
+            given = {key: values for key, values in axes.items() if key not in outer}
+            if composed.study is not None:  # what is given chooses among the study's runs
+                given |= {
+                    key: [value for value in inner[key] if value in values]
+                    for key, values in given.items()
+                    if key in inner and key != "seed"
+                }
+            inner |= given
             seeds = inner.pop("seed")
             telling = {key for key, values in {**axes, **inner}.items() if len(values) > 1}
             if composed.study is not None:  # its lines differ in what they set
