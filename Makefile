@@ -22,9 +22,13 @@ else ifneq ($(JOBS),1)
 SWEEP  += hydra/launcher=processes hydra.launcher.n_jobs=$(JOBS) threads=1
 endif
 SWEEP  += $(OVERRIDES)
+MEASURE := $(RUN) scripts/measure.py $(SCALE) --results $(RESULTS)
+# The README shows the laptop scale.
+REPORT := $(RUN) scripts/report.py $(SCALE) --results $(RESULTS) \
+  $(if $(filter laptop:results,$(SCALE):$(RESULTS)),--readme)
 
 .DEFAULT_GOAL := help
-EXPERIMENTS := autoencoder lstm resnet
+EXPERIMENTS := $(basename $(notdir $(wildcard experiments/*.py)))
 
 .PHONY: help setup demo test test-slow bench plan reproduce-all tune measure collect figures report
 .PHONY: clean wandb-sync wandb-dashboard
@@ -60,8 +64,8 @@ plan: $(READY) ## what is done at SCALE, what is left, how long that will take
 
 reproduce-all: $(READY) ## every run of every experiment at SCALE, then figures, verdicts, the page
 	$(SWEEP) all study=null,blocks
-	$(RUN) scripts/measure.py $(SCALE) --results $(RESULTS)
-	$(RUN) scripts/report.py $(SCALE) --results $(RESULTS)
+	-$(MEASURE)
+	$(REPORT)
 
 reproduce-autoencoder: ## figure 1
 reproduce-lstm: ## figure 2
@@ -73,7 +77,7 @@ tune: $(READY) ## try other settings, one at a time, on a validation split (conf
 	$(SWEEP) all study=tuning
 
 measure: $(READY) ## time updates and count CG iterations on finished runs; leave the machine alone
-	$(RUN) scripts/measure.py $(SCALE) --results $(RESULTS)
+	$(MEASURE)
 
 collect: $(READY) ## merge run folders, also those in archives FROM=..., into results/SCALE
 	$(RUN) scripts/collect.py $(SCALE) --results $(RESULTS) $(if $(FROM),--from $(FROM))
@@ -82,7 +86,7 @@ figures: $(READY) ## redraw the figures of SCALE from results/SCALE/curves.csv
 	$(RUN) scripts/figures.py $(SCALE) --results $(RESULTS)
 
 report: $(READY) ## verdicts, report.md and report.html of SCALE, from the tables in results/SCALE
-	$(RUN) scripts/report.py $(SCALE) --results $(RESULTS)
+	$(REPORT)
 
 wandb-sync: $(READY) ## publish ended runs of SCALE to Weights & Biases, each once
 	$(RUN) scripts/wandb_sync.py $(SCALE) --results $(RESULTS) $(addprefix --project ,$(PROJECT)) \

@@ -84,8 +84,9 @@ def figures() -> dict[str, FigureConfig]:
 
 def target(name: str, scale: str) -> TargetConfig:
     """What runs of an experiment should reach at a scale, by its config."""
-    path = CONFIGS / "experiment" / name / f"{scale}.yaml"
-    return TargetConfig(**(_read(path).get("target") or {}))
+    folder = CONFIGS / "experiment"
+    of_scale, of_all = _read(folder / name / f"{scale}.yaml"), _read(folder / f"{name}.yaml")
+    return TargetConfig(**(of_scale.get("target") or of_all.get("target") or {}))
 
 
 @functools.cache
@@ -100,8 +101,16 @@ def shipped(experiment: str, scale: str, optimizer: str) -> tuple[dict[str, Any]
     with contextlib.ExitStack() as stack:
         if not GlobalHydra.instance().is_initialized():  # by a sweep
             stack.enter_context(initialize_config_dir(str(CONFIGS), version_base="1.3"))
-        config = checked(compose("run", overrides))
-    return settings_of(config), config.cells.get(optimizer, [])
+        composed = compose("run", overrides)
+        tables: Any = OmegaConf.to_container(composed.cells)
+        cells = tables.get(optimizer, [])
+        if not cells:  # then any sizes do: nothing is compared with them
+            kind: Any = OmegaConf.get_type(composed, "optimizer")
+            few = 1 if kind.uses_curvature else "null"
+            sizes = ["batch_size=2", f"curvature_batch_size={few}", "updates=1", "evaluate_every=1"]
+            composed = compose("run", [*overrides, *sizes])
+        config = checked(composed)
+    return settings_of(config), cells
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from bdhf.archive import ArchiveError, bring_in
-from bdhf.report.table import collect, mixtures
+from bdhf.report.table import TableError, collect, mixtures
 
 
 def main() -> None:
@@ -29,9 +29,10 @@ def main() -> None:
         for source in arguments.sources:
             for line in bring_in(source, arguments.results):
                 print(line)
-    except ArchiveError as error:
+        made = merge(arguments.results, arguments.scale)
+    except (ArchiveError, TableError) as error:
         sys.exit(f"error: {error}")
-    if not merge(arguments.results, arguments.scale):
+    if not made:
         sys.exit(f"error: no finished run under {arguments.results / 'runs' / arguments.scale}")
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from bdhf.report.figures import draw_figures
+from bdhf.report.table import TableError
 
 
 def main() -> None:
@@ -17,7 +18,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         draw(arguments.results, arguments.scale)
-    except FileNotFoundError as error:
+    except TableError as error:
         sys.exit(f"error: {error}")
 
 

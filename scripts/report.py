@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bdhf.report.page import write_report
 from bdhf.report.readme import README, with_results
+from bdhf.report.table import TableError
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
         if arguments.readme:
             README.write_text(with_results(README.read_text(), arguments.results, arguments.scale))
             print(README)
-    except FileNotFoundError as error:
+    except TableError as error:
         sys.exit(f"error: {error}")
 
 

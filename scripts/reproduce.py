@@ -18,6 +18,7 @@ from collect import merge
 from figures import draw
 
 from bdhf.experiment import experiment_names
+from bdhf.report.table import TableError
 from bdhf.sweep import plan, sweep
 
 
@@ -42,8 +43,11 @@ def main() -> int:
 
 def collect_and_draw(results: Path, scale: str) -> None:
     """What `make collect figures` does, once there is something."""
-    if merge(results, scale):
-        draw(results, scale)
+    try:
+        if merge(results, scale):
+            draw(results, scale)
+    except TableError as error:  # the runs are there; the tables are another matter
+        print(f"error: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

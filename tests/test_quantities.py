@@ -31,47 +31,46 @@ def same(found: float, expected: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "values", "end", "expected"),
+    ("x", "values", "expected"),
     [
-        ([0, 89, 90, 95, 100], [9, 8, 3, 1, 2], None, 2),  # the median of the three from 90 on
-        ([0, 50, 90, 100], [9, 5, 3, 1], None, 2),  # of two: between them
-        ([0, 50, 89, 100], [9, 5, 3, 1], None, 1),
-        ([0, 90, 95, 100], [9, 3, NAN, 1], None, 2),
-        ([0, 80, 90, 100], [9, 4, 3, NAN], None, 3),  # ends where its values do: at 90
-        ([0, 44, 45, 50, 100], [9, 8, 3, 1, 0], 50, 2),
-        ([0, 40, 100], [9, 4, 1], 50, 4),  # nothing from 45 to 50: the last before
-        ([0, 48, 100], [9, NAN, 1], 50, 9),
-        ([10, 20], [9, 8], 5, NAN),  # nothing that early
-        ([0, 10], [NAN, NAN], None, NAN),
-        ([0, NAN, 100], [9, 5, 1], None, 1),
-        ([0, 90, 95, 100], [9, 3, 1, INF], None, INF),  # diverged at the very end
-        ([0, 10, 20, 100], [9, 1, -INF, -INF], None, -INF),
-        ([0, 45, 50, 100], [9, 3, 1, INF], 50, 2),  # only after ``end``
-        ([0, 10, 20, 100], [9, 3, INF, NAN], 50, INF),
+        ([0, 89, 90, 92, 95, 100], [9, 8, 4, 1, 2, 3], 2.5),  # the median of the four from 90 on
+        ([0, 88, 89, 92, 95, 100], [9, 8, 4, 1, 2, 3], 2),
+        ([0, 50, 90, 100], [9, 5, 3, 1], 3),  # of three at least
+        ([0, 50, 60, 100], [9, 5, 4, 1], 4),
+        ([0, 100], [9, 1], 5),  # there are but two
+        ([0, 90, 95, 100], [9, 3, NAN, 1], 3),
+        ([0, 80, 81, 84, 87, 90, 100], [9, 9, 4, 3, 2, 1, NAN], 2.5),  # ends where its values do
+        ([0, 10], [NAN, NAN], NAN),
+        ([0, 90, 95, 100], [9, 3, 1, INF], INF),  # diverged at the very end
+        ([0, 10, 20, 100], [9, 1, -INF, -INF], -INF),
+        ([0, 10, 20, 100], [9, 1, INF, NAN], INF),
     ],
 )
 def test_final_is_the_median_of_the_last_tenth(
-    x: list[float], values: list[float], end: float | None, expected: float
+    x: list[float], values: list[float], expected: float
 ) -> None:
-    same(final(array(*x), array(*values), end), expected)
+    same(final(array(*x), array(*values)), expected)
 
 
 @pytest.mark.parametrize(
     ("values", "target", "higher", "expected"),
     [
-        ([9, 5, 3, 4], 3, False, 20),  # met exactly counts, and later jumps do not
-        ([9, 5, 3, 4], 5, False, 10),
-        ([9, 5, 3, 4], 2.9, False, INF),
-        ([0.1, NAN, 0.5, 0.4], 0.3, True, 20),
-        ([0.1, 0.2, 0.5, 0.4], 0.5, True, 20),
-        ([0.1, 0.2, 0.5, 0.4], 0.6, True, INF),
-        ([9, INF, INF, INF], 9, False, 0),
-        ([0.1, -INF, -INF, -INF], 0.2, True, INF),
-        ([9, 5, 3, 4], NAN, False, INF),
+        ([9, 5, 3, 4], 3, False, (10, 20)),  # met exactly counts, and later jumps do not
+        ([9, 5, 3, 4], 5, False, (0, 10)),
+        ([9, 5, 3, 4], 9, False, (0, 0)),
+        ([9, 5, 3, 4], 2.9, False, (30, INF)),
+        ([9, 5, 3, NAN], 2.9, False, (20, INF)),  # a longer run might have
+        ([0.1, NAN, 0.5, 0.4], 0.3, True, (0, 20)),
+        ([0.1, 0.2, 0.5, 0.4], 0.5, True, (10, 20)),
+        ([0.1, 0.2, 0.5, 0.4], 0.6, True, (30, INF)),
+        ([9, INF, INF, INF], 9, False, (0, 0)),
+        ([9, 8, INF, NAN], 7, False, (INF, INF)),
+        ([0.1, -INF, -INF, -INF], 0.2, True, (INF, INF)),
+        ([NAN, NAN, NAN, NAN], 7, False, (INF, INF)),
     ],
 )
-def test_first_at_is_where_the_target_is_met(
-    values: list[float], target: float, higher: bool, expected: float
+def test_first_at_is_between_the_last_that_misses_and_the_first_that_meets(
+    values: list[float], target: float, higher: bool, expected: tuple[float, float]
 ) -> None:
     assert first_at(TENS[:4], array(*values), target, higher) == expected
 
@@ -128,11 +127,11 @@ def test_total_rise(values: list[float], expected: float) -> None:
     [
         ({}, 0),
         ({90: 6, 100: 6}, 0.25),
-        ({100: 4}, 0.25),  # the median of 90 and 100 is 6
+        ({90: 6, 100: 4}, 0.25),  # the median of 80, 90 and 100 is 6
         ({90: 9, 100: 9}, -0.125),
-        ({0: 90, 30: 90, 60: 90, 80: 90}, 0),  # neither of the two tenths
+        ({0: 90, 30: 90, 60: 90, 70: 90}, 0),  # neither the tenth nor the end
         ({40: 10, 50: 14, 90: 6, 100: 6}, 0.5),  # the median of 40 and 50 is 12
-        ({40: 12, 50: NAN, 90: 6, 100: NAN}, 0.5),  # ends at 90: from 36 to 45
+        ({40: 12, 50: NAN, 80: 6, 90: 6, 100: NAN}, 0.5),  # ends at 90: from 36 to 45
         ({40: NAN, 50: NAN}, NAN),
         ({100: INF}, -INF),
         (dict.fromkeys((30, 40, 50, 60, 70, 80, 90, 100), INF), -INF),
@@ -158,20 +157,48 @@ def test_descent_in_second_half(changes: dict[int, float], expected: float) -> N
         (difference, -INF, 0.4, -INF),
         (difference, 0.9, -INF, INF),
         (difference, -INF, -INF, NAN),
-        (times_fewer, 10, 40, 4),
-        (times_fewer, 10, INF, INF),
-        (times_fewer, INF, 40, 0),
-        (times_fewer, INF, INF, NAN),
-        (times_fewer, 0, 40, 4e10),
-        (within_a_factor_of(2), 10, 16, 1.25),
-        (within_a_factor_of(2), 16, 10, 1.25),
-        (within_a_factor_of(2), 10, 40, 0.5),
-        (within_a_factor_of(2), INF, 40, 0),
-        (within_a_factor_of(2), 40, INF, 0),
-        (within_a_factor_of(2), INF, INF, NAN),
     ],
 )
 def test_effects(
     effect: Callable[[float, float], float], ours: float, theirs: float, expected: float
 ) -> None:
     same(effect(ours, theirs), expected)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        ((10, 10), (40, 40), (4, 4)),
+        ((8, 10), (30, 40), (3, 5)),
+        ((8, 10), (100, INF), (10, INF)),  # theirs ended at 100 without
+        ((100, INF), (80, 90), (0, 0.9)),
+        ((100, INF), (100, INF), (0, INF)),
+        ((INF, INF), (80, 90), (0, 0)),  # ours diverged before
+        ((INF, INF), (INF, INF), (NAN, NAN)),
+        ((0, 2), (0, 4), (0, INF)),  # theirs may have been there at once
+    ],
+)
+def test_times_fewer_is_known_to_lie_between(
+    ours: tuple[float, float], theirs: tuple[float, float], expected: tuple[float, float]
+) -> None:
+    found = times_fewer({0: ours, 1: ours}, {0: theirs, 2: theirs})
+    assert list(found) == [0]
+    for value, wanted in zip(found[0], expected, strict=True):
+        same(value, wanted)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [
+        ((1.6, 1.6), (1.25, 1.25)),
+        ((0.625, 0.625), (1.25, 1.25)),
+        ((4, 8), (0.25, 0.5)),
+        ((0.5, 1.6), (1, 2)),  # it may be 1
+        ((0, 3), (0, 2)),
+        ((3, INF), (0, 2 / 3)),
+        ((NAN, NAN), (NAN, NAN)),
+    ],
+)
+def test_within_a_factor(ratio: tuple[float, float], expected: tuple[float, float]) -> None:
+    for value, wanted in zip(within_a_factor_of(2, {0: ratio})[0], expected, strict=True):
+        same(value, wanted)

@@ -16,7 +16,7 @@ from bdhf.config import settings_hash, settings_of
 from bdhf.record import read_metrics, read_provenance, write_json, write_table
 from bdhf.report.evidence import NAMES
 from bdhf.report.figures import draw_figures
-from bdhf.report.table import CellKey, collect, read_curves
+from bdhf.report.table import CellKey, TableError, collect, read_curves
 from bdhf.runner import run
 
 
@@ -190,5 +190,5 @@ def test_a_seed_that_diverged_does_not_hide_the_others(tmp_path: Path) -> None:
 
 
 def test_missing_table_says_how_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"make collect SCALE=laptop writes it"):
+    with pytest.raises(TableError, match=r"make collect SCALE=laptop writes it"):
         draw_figures(tmp_path, "laptop")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from bdhf.experiment import figures
@@ -27,7 +28,7 @@ def data(evidence: Evidence, scale: str) -> dict[str, Any]:
     if blocks := blocks_of(evidence):
         drawn = [
             {**_cell(cell, color, "solid"), "size": _blocks(cell), "label": _blocks(cell)}
-            for cell, color in zip(blocks, _BLOCK_COLORS, strict=False)
+            for cell, color in zip(blocks, itertools.cycle(_BLOCK_COLORS), strict=False)
         ]
         panels = {"train_loss": "training loss", "test_loss": "test loss"}
         experiments.append(_experiment("blocks", "Which blocks", panels, blocks, drawn))
@@ -44,7 +45,8 @@ def blocks_of(evidence: Evidence) -> list[Cell]:
         cell
         for optimizer in ("hf", "bdhf")
         for cell in evidence.cells.get((first.experiment, optimizer), [])
-        if cell.key.curvature_batch_size == first.curvature_batch_size
+        if cell.key.batch_size == first.batch_size
+        and cell.key.curvature_batch_size == first.curvature_batch_size
     ]
     return shipped + sorted(others, key=lambda cell: cell.key.changed)
 
@@ -94,7 +96,7 @@ def _cell(cell: Cell, color: str, dash: str) -> dict[str, Any]:
 
 def _seed(cell: Cell, place: int) -> dict[str, Any]:
     curves = cell.curves
-    columns = {name: values[place] for name, values in curves.columns.items()}
+    columns = {name: cell.drawn(name)[place] for name in curves.columns}
     there = ~_all_gaps(columns)
     return {
         "seed": curves.seeds[place],

@@ -8,17 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from hydra.errors import HydraException
 
 from bdhf.config import TargetConfig
-from bdhf.experiment import experiment_names, target
+from bdhf.experiment import experiment_names, shipped, target
 from bdhf.record import read_table
 from bdhf.report import quantities
 from bdhf.report.quantities import Series
 from bdhf.report.table import CellKey, Curves, read_curves
 from bdhf.summary import is_better_higher
+from bdhf.training import DIVERGENCE_FACTOR
 
 #: A value for each seed.
 BySeed = dict[int, float]
+#: Where a goal was met, for each seed: after the first number, by the second.
+Brackets = dict[int, tuple[float, float]]
 
 #: Adam counts as at its plateau when its training loss went down by less than this share in the
 #: second half of its run.
@@ -65,41 +69,52 @@ class Cell:
             values[evaluated[-1] :] = worst
         return values
 
+    def drawn(self, metric: str) -> Series:
+        """A metric as it is drawn, (seeds, points): losses of a run that diverged end at the limit.
+
+        Or one such loss, of many powers of ten, would make flat lines of all others.
+        """
+        values = self.curves.columns[metric]
+        if not metric.endswith("loss"):
+            return values
+        found: Series = np.minimum(values, DIVERGENCE_FACTOR * values[:, :1])
+        return found
+
     def final(self, metric: str) -> BySeed:
         """The median over the last tenth of the updates."""
         return self._by_seed(lambda s: quantities.final(self.update, self.course(s, metric)))
 
-    def at_epoch(self, metric: str, epoch: float) -> BySeed:
-        """The median over the tenth of the course that ends at ``epoch``."""
-        return self._by_seed(lambda s: quantities.final(self.epoch, self.course(s, metric), epoch))
+    def updates_to(self, metric: str, goals: BySeed) -> Brackets:
+        """Where each seed met its goal, in updates (see `quantities.first_at`)."""
+        return self._met(self.update, metric, goals)
 
-    def updates_to(self, metric: str, goals: BySeed) -> BySeed:
-        """The first evaluated update that meets each seed's goal; infinite where none does."""
+    def updates_to_target(self, goal: TargetConfig) -> Brackets:
+        """The same for one goal."""
+        assert goal.metric is not None
+        return self._met(self.update, goal.metric, dict.fromkeys(self.seeds, goal.value))
+
+    def epochs_to_target(self, goal: TargetConfig) -> Brackets:
+        """The same in epochs."""
+        assert goal.metric is not None
+        return self._met(self.epoch, goal.metric, dict.fromkeys(self.seeds, goal.value))
+
+    def _met(self, x: Series, metric: str, goals: BySeed) -> Brackets:
         higher = is_better_higher(metric)
         return {
-            seed: quantities.first_at(self.update, self.course(seed, metric), goal, higher)
+            seed: quantities.first_at(x, self.course(seed, metric), goal, higher)
             for seed, goal in goals.items()
             if seed in self.seeds
         }
-
-    def epochs_to(self, goal: TargetConfig) -> BySeed:
-        """The same in epochs, for one goal."""
-        assert goal.metric is not None
-        metric, higher = goal.metric, is_better_higher(goal.metric)
-        return self._by_seed(
-            lambda s: quantities.first_at(self.epoch, self.course(s, metric), goal.value, higher)
-        )
 
     def total_rise(self, metric: str) -> BySeed:
         """How much the loss goes up in all, in logarithms."""
         return self._by_seed(lambda s: quantities.total_rise(self.course(s, metric)))
 
-    def descent(self) -> float:
-        """By which share the training loss fell in the second half: the most of any seed."""
-        found = self._by_seed(
+    def descent(self) -> BySeed:
+        """By which share the training loss fell in the second half of each run."""
+        return self._by_seed(
             lambda s: quantities.descent_in_second_half(self.update, self.course(s, "train_loss"))
         )
-        return max(found.values())
 
     @property
     def update(self) -> Series:
@@ -111,10 +126,6 @@ class Cell:
         """The same in epochs."""
         found: Series = np.nanmax(self.curves.columns["epoch"], axis=0)
         return found
-
-    def last_epoch(self) -> float:
-        """Where its runs end."""
-        return float(self.epoch[-1])
 
     def _by_seed(self, value: Callable[[int], float]) -> BySeed:
         return {seed: value(seed) for seed in self.seeds}
@@ -152,7 +163,7 @@ def side_by_side(
 
 def share_below(ours: float, theirs: float) -> float:
     """By which share ``ours`` is below ``theirs``; worst where only ours diverged."""
-    if math.isinf(ours) and math.isinf(theirs):
+    if (math.isinf(ours) and math.isinf(theirs)) or theirs == 0:
         return math.nan
     return -math.inf if math.isinf(ours) else 1.0 - ours / theirs
 
@@ -162,22 +173,39 @@ def difference(ours: float, theirs: float) -> float:
     return ours - theirs
 
 
-def times_fewer(ours: float, theirs: float) -> float:
-    """How many times fewer updates (or epochs) ours needed; NaN where neither met the goal."""
-    if math.isinf(ours) and math.isinf(theirs):
+def times_fewer(ours: Brackets, theirs: Brackets) -> Brackets:
+    """How many times fewer updates (or epochs) ours needed, by seed: at least, and at most.
+
+    Between two evaluations, and after the end of a run, nobody knows where a goal is met.
+    """
+    return {
+        seed: (_ratio(theirs[seed][0], ours[seed][1]), _ratio(theirs[seed][1], ours[seed][0]))
+        for seed in ours
+        if seed in theirs
+    }
+
+
+def _ratio(theirs: float, ours: float) -> float:
+    if math.isinf(ours) and math.isinf(theirs):  # both diverged before
         return math.nan
-    return theirs / max(ours, 1e-9)
+    if ours == 0:
+        return math.inf if theirs > 0 else math.nan
+    return theirs / ours
 
 
-def within_a_factor_of(limit: float) -> Callable[[float, float], float]:
-    """An effect of 1 or more where two numbers differ by at most so much; NaN: both infinite."""
+def within_a_factor_of(limit: float, ratios: Brackets) -> Brackets:
+    """An effect of 1 or more where a ratio is between ``1 / limit`` and ``limit``."""
 
-    def effect(ours: float, theirs: float) -> float:
-        if math.isinf(ours) and math.isinf(theirs):
+    def effect(ratio: float) -> float:
+        if math.isnan(ratio):
             return math.nan
-        return limit / max(ours / theirs, theirs / ours)
+        return limit * min(ratio, 1 / ratio) if 0 < ratio < math.inf else 0.0
 
-    return effect
+    found = {}
+    for seed, (low, high) in ratios.items():
+        ends = sorted((effect(low), effect(high)))
+        found[seed] = (ends[0], limit if low <= 1 <= high else ends[1])
+    return found
 
 
 @dataclass(frozen=True)
@@ -189,6 +217,7 @@ class Evidence:
         others: cells of the studies.
         times, solves: rows of ``update_times.csv`` and ``cg_solves.csv``.
         targets: by experiment.
+        planned: how many cells there should be, by experiment and optimizer.
     """
 
     cells: dict[tuple[str, str], list[Cell]]
@@ -196,17 +225,23 @@ class Evidence:
     times: list[dict[str, str]] = field(default_factory=list)
     solves: list[dict[str, str]] = field(default_factory=list)
     targets: dict[str, TargetConfig] = field(default_factory=dict)
+    planned: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def of(self, experiment: str, optimizer: str) -> list[Cell]:
         """The cells of an optimizer.
 
         Raises:
-            UntestedError: there are none.
+            UntestedError: there are none, or some of the planned ones are missing.
         """
         found = self.cells.get((experiment, optimizer), [])
+        name = NAMES.get(optimizer, optimizer)
         if not found:
-            name = NAMES.get(optimizer, optimizer)
             raise UntestedError(f"there are no runs of {name} in experiment {experiment}")
+        planned = self.planned.get((experiment, optimizer), 0)
+        if len(found) < planned:
+            raise UntestedError(
+                f"{name} in experiment {experiment} has runs of {len(found)} of {planned} sizes"
+            )
         return found
 
     def goal(self, experiment: str) -> TargetConfig:
@@ -244,12 +279,23 @@ def _sizes(cell: Cell) -> tuple[int, int | None]:
 
 
 def unsettled(cells: Iterable[Cell]) -> str:
-    """Why final values of these Adam runs are not Adam's best; empty where they settled."""
-    still = [(cell, cell.descent()) for cell in cells]
-    words = [f"{cell} by {share:.0%}" for cell, share in still if not share < PLATEAU]
+    """Why these Adam runs are not at their plateau; empty where they are."""
+    words = []
+    for cell in cells:
+        changes = cell.descent().values()
+        if not all(abs(change) < PLATEAU for change in changes):
+            shown = ", ".join(_change_in_words(change) for change in changes)
+            words.append(f"{cell}: {shown}")
     if not words:
         return ""
-    return f"training loss still falls in the second half of the run: {'; '.join(words)}"
+    change = "training loss in the second half of its runs"
+    return f"Adam is not at its plateau: {change}, {'; '.join(words)}"
+
+
+def _change_in_words(descent: float) -> str:
+    if math.isnan(descent):
+        return "unknown"
+    return "diverged" if math.isinf(descent) else f"{-descent:+.0%}"
 
 
 def gather(curves: dict[CellKey, Curves]) -> dict[tuple[str, str], list[Cell]]:
@@ -264,14 +310,23 @@ def read_evidence(results: Path, scale: str) -> Evidence:
     """The evidence of a scale, from its committed tables.
 
     Raises:
-        FileNotFoundError: there is no table of curves.
+        TableError: there is no table of curves, or it is of an older version.
     """
     curves = read_curves(results, scale)
-    shipped = {key: curves[key] for key in curves if not (key.changed or key.study)}
+    own = {key: curves[key] for key in curves if not (key.changed or key.study)}
     return Evidence(
-        gather(shipped),
-        [Cell(key, value) for key, value in curves.items() if key not in shipped],
+        gather(own),
+        [Cell(key, value) for key, value in curves.items() if key not in own],
         read_table(results / scale / "update_times.csv"),
         read_table(results / scale / "cg_solves.csv"),
         {name: target(name, scale) for name in experiment_names()},
+        {key: planned_cells(*key, scale) for key in {(k.experiment, k.optimizer) for k in curves}},
     )
+
+
+def planned_cells(experiment: str, optimizer: str, scale: str) -> int:
+    """How many cells the configs have; 0 where they do not say."""
+    try:
+        return len(shipped(experiment, scale, optimizer)[1])
+    except (ValueError, HydraException):  # an experiment or optimizer that went away
+        return 0

@@ -56,6 +56,8 @@ def draw_figures(results: Path, scale: str) -> list[Path]:
         if any(cell.key.curvature_batch_size for cell in mine):
             drawn += _save(_cg_figure(mine, title), stem.with_name(f"{stem.name}_cg"))
     everything = [cell for found in cells.values() for cell in found]
+    if not everything:
+        return drawn
     drawn += _save(_stability_figure(everything, scale), results / scale / "stability")
     return drawn
 
@@ -196,9 +198,9 @@ def _plot(axis: Axes, cell: Cell, cells: list[Cell], x: str, metric: str) -> Non
     Where a seed diverged, a cross marks its end, and each seed has a thin line.
     """
     curves = cell.curves
-    values = curves.columns.get(metric)
-    if values is None:
+    if metric not in curves.columns:
         return
+    values = cell.drawn(metric)
     places = _places(curves, x)
     # A logarithmic axis has no place for the start, and a metric may have no value yet.
     shown = (places > 0) & np.isfinite(values).any(axis=0)

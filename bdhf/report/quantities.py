@@ -15,28 +15,40 @@ from scipy.integrate import trapezoid
 Series = NDArray[np.float64]
 
 
-def final(x: Series, values: Series, end: float | None = None) -> float:
-    """The median over the last tenth of a course that ends at ``end``, since runs jump.
+#: A final value is a median over the last tenth of the updates, but of so many values at least.
+FINAL_VALUES = 3
 
-    ``end`` is the last x unless it is given. Where no value lies in that tenth, the last before it.
-    Infinite for a run that has diverged by then, however late it did.
+
+def final(x: Series, values: Series) -> float:
+    """The median over the last tenth of a course, and over its last three values at least.
+
+    Runs jump, so the last value alone misleads. Infinite for a run that has diverged, NaN where
+    there is no value.
     """
-    known = np.isfinite(x) & ~np.isnan(values)
+    known = ~np.isnan(values)
     if not known.any():
         return math.nan
-    stop = float(x[known][-1]) if end is None else end
-    before = known & (x <= stop)
-    if not before.any():
-        return math.nan
-    last, inside = float(values[before][-1]), before & (x >= 0.9 * stop)
-    return last if math.isinf(last) or not inside.any() else float(np.median(values[inside]))
+    x, values = x[known], values[known]
+    count = max(int((x >= 0.9 * x[-1]).sum()), FINAL_VALUES)
+    return float(values[-1] if np.isinf(values[-1]) else np.median(values[-count:]))
 
 
-def first_at(x: Series, values: Series, target: float, higher: bool = False) -> float:
-    """The first x at which the target is met, infinite where it never is."""
-    with np.errstate(invalid="ignore"):
-        met = values >= target if higher else values <= target
-    return float(x[met][0]) if met.any() else math.inf
+def first_at(x: Series, values: Series, target: float, higher: bool = False) -> tuple[float, float]:
+    """Where the target is first met: not before the first of these two, by the second.
+
+    They are the last evaluation that misses it and the first that meets it. Where none does, they
+    are the end of the run and infinity, since a longer run might have; both are infinite where the
+    run diverged before.
+    """
+    known = ~np.isnan(values)
+    x, values = x[known], values[known]
+    met = values >= target if higher else values <= target
+    if met.any():
+        place = int(np.argmax(met))
+        return float(x[max(place - 1, 0)]), float(x[place])
+    if not len(x) or np.isinf(values[-1]):
+        return math.inf, math.inf
+    return float(x[-1]), math.inf
 
 
 def share_lower(ours: Series, theirs: Series) -> float:
@@ -77,10 +89,10 @@ def total_rise(values: Series) -> float:
 
 
 def descent_in_second_half(x: Series, values: Series) -> float:
-    """By which share a loss went down between half of its course and the end.
+    """By which share a loss went down between half of its course and its final value.
 
-    From the median over the tenth before the half to that over the last tenth. A run that diverged
-    does not go down any more: minus infinite.
+    From the median over the tenth before the half. Negative where it went up, minus infinite where
+    the run diverged, NaN where nothing was evaluated in that tenth.
     """
     known = ~np.isnan(values)
     if not known.any():
@@ -91,4 +103,5 @@ def descent_in_second_half(x: Series, values: Series) -> float:
     half = known & (x >= 0.4 * stop) & (x <= 0.5 * stop)
     if not half.any():
         return math.nan
-    return 1.0 - final(x, values) / float(np.median(values[half]))
+    end = final(x, values)
+    return -math.inf if math.isinf(end) else 1.0 - end / float(np.median(values[half]))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bdhf.experiment import figures
 from bdhf.report.evidence import read_evidence
-from bdhf.report.page import verdict_table
+from bdhf.report.sections import verdict_table
 from bdhf.report.verdicts import claims, judge
 
 README = Path(__file__).resolve().parents[2] / "README.md"

@@ -32,6 +32,10 @@ _FULL_METRICS = tuple(
 Series = NDArray[np.float64]
 
 
+class TableError(RuntimeError):
+    """A compact table that is missing or of an older version; the message says what to do."""
+
+
 @dataclass(frozen=True, order=True)
 class CellKey:
     """A cell of the grid: all runs that differ by seed only.
@@ -74,6 +78,9 @@ def collect(results: Path, scale: str) -> tuple[int, list[str]]:
 
     Returns:
         How many runs went in or were renewed, and which folders were left out and why.
+
+    Raises:
+        TableError: the tables are of an older version.
     """
     rows: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
@@ -104,9 +111,10 @@ def _merge(
     Returns:
         The names of the tables' runs that stayed, and how many runs are not as they were before.
     """
-    kept = _not_superseded(target / "runs.csv", runs)
+    before = read_runs(target)
+    kept = _not_superseded(before, runs)
     new = {run["run"] for run in runs} - kept
-    known = {row["run"]: row["end"] for row in read_table(target / "runs.csv")}
+    known = {row["run"]: row["end"] for row in before}
     changed = sum(run["run"] in new and known.get(run["run"]) != run["end"] for run in runs)
     if new:
         target.mkdir(parents=True, exist_ok=True)
@@ -120,7 +128,7 @@ def _merge(
 def mixtures(results: Path, scale: str) -> list[str]:
     """Where the runs of one figure do not belong together: other code, or other data."""
     warnings = []
-    runs = read_table(results / scale / "runs.csv")
+    runs = read_runs(results / scale)
     for experiment in sorted({run["experiment"] for run in runs}):
         mine = [run for run in runs if run["experiment"] == experiment]
         for column, what in (("git_commit", "commits"), ("data_sha256", "data")):
@@ -136,12 +144,27 @@ def mixtures(results: Path, scale: str) -> list[str]:
     return warnings
 
 
-def _not_superseded(table: Path, runs: list[dict[str, Any]]) -> set[str]:
+def _not_superseded(before: list[dict[str, str]], runs: list[dict[str, Any]]) -> set[str]:
     """The table's runs that stay: those without a folder here, or with a shorter one."""
     updates = {run["run"]: run["updates"] for run in runs}
-    return {
-        row["run"] for row in read_table(table) if int(row["updates"]) > updates.get(row["run"], -1)
-    }
+    return {row["run"] for row in before if int(row["updates"]) > updates.get(row["run"], -1)}
+
+
+def read_runs(folder: Path) -> list[dict[str, str]]:
+    """``runs.csv`` of a scale's folder; empty where there is none.
+
+    Raises:
+        TableError: it is of an older version.
+    """
+    path = folder / "runs.csv"
+    rows = read_table(path)
+    missing = {"settings", "changed", "study", "status"} - set(rows[0] if rows else ())
+    if rows and missing:
+        raise TableError(
+            f"{path} has no column {', '.join(sorted(missing))}: it is of an older version. Delete "
+            "it and curves.csv beside it; make collect makes both anew from the run folders"
+        )
+    return rows
 
 
 _IDENTITY = (
@@ -208,22 +231,21 @@ def read_curves(results: Path, scale: str) -> dict[CellKey, Curves]:
     """The curves of all cells of a scale, from its compact table.
 
     Raises:
-        FileNotFoundError: there is no table; the message says how to make it.
+        TableError: there is no table, or it is of an older version; the message says what to do.
     """
-    path = results / scale / "curves.csv"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is not there; make collect SCALE={scale} writes it")
-    facts = {run["run"]: run for run in read_table(results / scale / "runs.csv")}
-    if any("changed" not in run for run in facts.values()):
-        raise FileNotFoundError(
-            f"{path} is of an older version; delete it and runs.csv beside it, and make collect "
-            f"SCALE={scale} makes them anew from the run folders"
-        )
+    folder = results / scale
+    for path in (folder / "curves.csv", folder / "runs.csv"):
+        if not path.exists():
+            raise TableError(f"{path} is not there; make collect SCALE={scale} writes it")
+    path = folder / "curves.csv"
+    facts = {run["run"]: run for run in read_runs(folder)}
+    # The study is outside a run's hash: a run that somebody made by hand is the study's too.
+    studies = {run["settings"]: run["study"] for run in facts.values() if run["study"]}
     runs: dict[CellKey, dict[int, list[dict[str, float | int | None]]]] = {}
     diverged: dict[tuple[CellKey, int], str] = {}
     for row in read_table(path):
         run = facts[row["run"]]
-        key, seed = _cell_of(run), int(row["seed"])
+        key, seed = _cell_of(run, studies.get(run["settings"], "")), int(row["seed"])
         metrics = {k: number(v) for k, v in row.items() if k not in _IDENTITY}
         runs.setdefault(key, {}).setdefault(seed, []).append(metrics)
         if run["status"] == "diverged":
@@ -234,7 +256,7 @@ def read_curves(results: Path, scale: str) -> dict[CellKey, Curves]:
     }
 
 
-def _cell_of(run: dict[str, str]) -> CellKey:
+def _cell_of(run: dict[str, str], study: str) -> CellKey:
     few = run["curvature_batch_size"]
     return CellKey(
         run["experiment"],
@@ -243,7 +265,7 @@ def _cell_of(run: dict[str, str]) -> CellKey:
         int(few) if few else None,
         run["settings"],
         run["changed"],
-        run["study"],
+        study,
     )
 
 

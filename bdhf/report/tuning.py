@@ -63,8 +63,14 @@ def trials(evidence: Evidence) -> list[Trials]:
     for cell in evidence.others:
         if cell.key.study == STUDY and cell.key.experiment in metrics:
             found.setdefault((cell.key.experiment, cell.key.optimizer), []).append(cell)
-    places = list(NAMES)
-    ordered = sorted(found, key=lambda k: (list(metrics).index(k[0]), places.index(k[1])))
+    order = list(NAMES)
+
+    def place(key: tuple[str, str]) -> tuple[int, int, str]:
+        experiment, optimizer = key
+        known = order.index(optimizer) if optimizer in order else len(order)
+        return list(metrics).index(experiment), known, optimizer
+
+    ordered = sorted(found, key=place)
     return [
         Trials(*key, metrics[key[0]], sorted(found[key], key=lambda c: c.key.changed))
         for key in ordered
@@ -88,7 +94,8 @@ def moved_verdicts(evidence: Evidence) -> Iterator[tuple[Claim, list[str]]]:
         counts = []
         for chosen in choices:
             cells = {key: [cell] for key, cell in chosen.items() if cell is not None}
-            counts.append(_parts_that_hold(claim, replace(evidence, cells=cells, others=[])))
+            alone = replace(evidence, cells=cells, others=[], planned={})
+            counts.append(_parts_that_hold(claim, alone))
         if any(counts):
             yield claim, counts
 

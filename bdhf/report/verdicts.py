@@ -1,11 +1,14 @@
 """From claims to verdicts: the rule, fixed before looking.
 
-A claim has one or more parts, each an effect by seed. A part *holds* if the effect has the same,
-claimed sign in every seed, its median reaches the threshold stated with the part, and, from five
-seeds on, a bootstrap interval of its mean (95 %, BCa) excludes the other sign. A claim *holds* if
-all its parts do, *in part* if some do, and *does not hold* if none does. It is *not tested at this
-scale* where a part cannot be judged: fewer than three seeds, runs that are missing, Adam short of
-its plateau, or a goal that neither side reached.
+A claim has one or more parts, each an effect by seed. A part *holds* if the effect has the claimed
+sign in every seed, its median reaches the threshold stated with the part, and, from five seeds on,
+a bootstrap interval of its mean (95 %, BCa) lies above that threshold. A claim *holds* if all its
+parts do, *in part* if some do, and *does not hold* if none does. It is *not tested at this scale*
+where a part cannot be judged: fewer than three seeds, sizes that are missing, Adam not at its
+plateau (its training loss changed by 5 % or more in the second half of a run), a goal that neither
+side reached, or evaluations too far apart to tell when it was reached. A run that diverged (loss
+not finite, or above ten times the initial) counts as worse than any other from there on. Final
+values are medians over the last tenth of the updates, and over the last three evaluations at least.
 """
 
 from __future__ import annotations
@@ -21,7 +24,11 @@ from typing import Literal
 import numpy as np
 from scipy.stats import bootstrap
 
-from bdhf.report.evidence import Evidence, UntestedError
+from bdhf.report.evidence import Brackets, Evidence, UntestedError
+
+#: When this rule, a definition or a threshold of a claim was last changed: runs that began before
+#: may have been seen by then.
+FIXED = "2026-11-23T22:50:00+00:00"
 
 Outcome = Literal["holds", "fails", "untested"]
 Word = Literal["holds", "holds in part", "does not hold", "not tested at this scale"]
@@ -36,7 +43,8 @@ class Part:
 
     Attributes:
         what: in words.
-        effects: by seed; positive is what is claimed, NaN where nothing can be said.
+        effects: by seed; above ``neutral`` is what is claimed, NaN where nothing can be said.
+        at_most: the same, where ``effects`` are only known to be at least so much.
         least: the threshold on the median effect.
         unit: how effects are shown: ``share`` (per cent), ``points`` (of accuracy) or ``times``.
         neutral: the effect that speaks for neither side.
@@ -49,6 +57,13 @@ class Part:
     unit: Literal["share", "points", "times"] = "share"
     neutral: float = 0.0
     untested: str = ""
+    at_most: Mapping[int, float] | None = None
+
+    @classmethod
+    def between(cls, what: str, effects: Brackets, least: float) -> Part:
+        """A part whose effects are known to lie between two numbers, in ``times``."""
+        low, high = ({seed: pair[k] for seed, pair in effects.items()} for k in (0, 1))
+        return cls(what, low, least, unit="times", neutral=1.0, at_most=high)
 
     def shown(self, effect: float) -> str:
         """An effect in words."""
@@ -62,6 +77,15 @@ class Part:
             return f"{effect:.3g}×"
         return f"{effect:.1%}"
 
+    def values(self) -> str:
+        """The effect of each seed in words, as ``from ... to ...`` where it is not known better."""
+        words = []
+        for seed in sorted(self.effects):
+            low = self.shown(self.effects[seed])
+            high = low if self.at_most is None else self.shown(self.at_most[seed])
+            words.append(low if low == high else f"{low} to {high}")
+        return ", ".join(words) or "none"
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -73,9 +97,7 @@ class Judged:
 
     def numbers(self) -> str:
         """The effect of each seed, and the threshold."""
-        part = self.part
-        values = ", ".join(part.shown(part.effects[seed]) for seed in sorted(part.effects))
-        return f"{values or 'none'} (needs {part.shown(part.least)})"
+        return f"{self.part.values()} (needs {self.part.shown(self.part.least)})"
 
 
 @dataclass(frozen=True)
@@ -163,6 +185,16 @@ def judge(found: Claim, evidence: Evidence, least_seeds: int = LEAST_SEEDS) -> V
 
 def judge_part(part: Part, least_seeds: int = LEAST_SEEDS) -> Judged:
     """How a part comes out, by the rule of this module."""
+    if part.at_most is None:
+        return _judge_exact(part, least_seeds)
+    low = _judge_exact(part, least_seeds)
+    high = _judge_exact(replace(part, effects=part.at_most), least_seeds)
+    if low.outcome == high.outcome:
+        return low
+    return Judged(part, "untested", f"{part.what}: evaluations are too far apart to tell")
+
+
+def _judge_exact(part: Part, least_seeds: int) -> Judged:
     effects = np.array(list(part.effects.values()))
     if part.untested:
         return Judged(part, "untested", part.untested)
@@ -175,8 +207,8 @@ def judge_part(part: Part, least_seeds: int = LEAST_SEEDS) -> Judged:
         return Judged(part, "fails", "in no seed" if none else "not in every seed")
     if median(effects) < part.least:
         return Judged(part, "fails", "below the threshold")
-    if len(effects) >= BOOTSTRAP_SEEDS and not _clear(effects, part.neutral):
-        return Judged(part, "fails", "the bootstrap interval includes no effect")
+    if len(effects) >= BOOTSTRAP_SEEDS and _bootstrap_low(effects) < part.least:
+        return Judged(part, "fails", "the bootstrap interval reaches below the threshold")
     return Judged(part, "holds", "")
 
 
@@ -185,9 +217,13 @@ def preview(part: Part) -> Outcome:
     return judge_part(replace(part, untested=""), least_seeds=1).outcome
 
 
-def _clear(effects: np.ndarray, neutral: float) -> bool:
-    """Whether a bootstrap interval of the mean lies above ``neutral``."""
-    if np.isinf(effects).any() or np.ptp(effects) == 0:
-        return bool((effects >= neutral).all())
+def _bootstrap_low(effects: np.ndarray) -> float:
+    """The lower end of a bootstrap interval of the mean."""
+    finite = effects[np.isfinite(effects)]
+    if not len(finite):
+        return math.inf  # the other side diverged, or missed its goal, in every seed
+    effects = np.minimum(effects, finite.max())
+    if np.ptp(effects) == 0:
+        return float(effects[0])
     interval = bootstrap((effects,), np.mean, rng=np.random.default_rng(0)).confidence_interval
-    return bool(interval.low >= neutral)
+    return float(interval.low)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bdhf.report.claims.common import EXPERIMENTS
-from bdhf.report.evidence import Evidence, UntestedError, paired, times_fewer
+from bdhf.report.evidence import Evidence, UntestedError, times_fewer
 from bdhf.report.verdicts import Part, claim
 
 
@@ -12,7 +12,8 @@ def scales_better(evidence: Evidence) -> list[Part]:
     """In each experiment: from its smallest to its largest mini-batch Adam needs at least 1.5 times
     the epochs to the target; and block-diagonal HF, with its large mini-batch and smallest
     curvature mini-batch, needs at least 1.5 times fewer epochs to it than Adam with its largest
-    mini-batch, which is no larger."""
+    mini-batch, which is no larger. (Epochs count gradients only, as in the paper's figures. Of
+    block-diagonal HF the grid has one mini-batch, so its own slowing down is not measured.)"""
     parts = []
     for experiment in EXPERIMENTS:
         goal = evidence.goal(experiment)
@@ -23,20 +24,16 @@ def scales_better(evidence: Evidence) -> list[Part]:
         if large.key.batch_size > ours.key.batch_size:
             raise UntestedError(f"Adam's largest mini-batch is larger than HF's in {experiment}")
         parts += [
-            Part(
+            Part.between(
                 f"{experiment}: epochs to the target, Adam's largest over its smallest mini-batch",
-                paired(small.epochs_to(goal), large.epochs_to(goal), times_fewer),
-                least=1.5,
-                unit="times",
-                neutral=1.0,
+                times_fewer(small.epochs_to_target(goal), large.epochs_to_target(goal)),
+                1.5,
             ),
-            Part(
+            Part.between(
                 f"{experiment}: epochs to the target, {large} over block-diagonal HF, "
                 f"mini-batch {ours.key.batch_size}",
-                paired(ours.epochs_to(goal), large.epochs_to(goal), times_fewer),
-                least=1.5,
-                unit="times",
-                neutral=1.0,
+                times_fewer(ours.epochs_to_target(goal), large.epochs_to_target(goal)),
+                1.5,
             ),
         ]
     return parts

@@ -1,0 +1,362 @@
+"""The sections of the report, in Markdown."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+from bdhf.experiment import figures, shipped
+from bdhf.record import read_table
+from bdhf.report import charts
+from bdhf.report import verdicts as verdicts_module
+from bdhf.report.evidence import NAMES, PLATEAU, Cell, Evidence
+from bdhf.report.table import mixtures
+from bdhf.report.tuning import changes, moved_verdicts, trials
+from bdhf.report.verdicts import FIXED, Judged, Verdict
+
+OUTCOMES = {"holds": "holds", "fails": "does not hold", "untested": "not tested"}
+
+_DEVIATIONS = Path(__file__).parent / "assets" / "deviations.md"
+
+Runs = Sequence[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Where the page has an interactive chart, and GitHub a picture and links to more."""
+
+    name: str
+    words: str
+    picture: str = ""
+    more: str = ""
+
+    def markdown(self) -> str:
+        """What GitHub shows."""
+        picture = f"![{self.words}]({self.picture})" if self.picture else ""
+        return "\n\n".join(filter(None, (picture, self.more)))
+
+
+def introduction(folder: Path, runs: Runs, verdicts: Sequence[Verdict]) -> str:
+    """What the page is about, and how it came out."""
+    words = ("holds", "holds in part", "does not hold", "not tested at this scale")
+    found = [(sum(verdict.word == word for verdict in verdicts), word) for word in words]
+    counts = [f"**{count}** {word}" for count, word in found if count]
+    devices = sorted({plain(f"{run['device']} ({run['processor']})") for run in runs})
+    seeds = {len({r["seed"] for r in runs if r["experiment"] == name and not r["study"]})
+             for name in {run["experiment"] for run in runs}} - {0}  # fmt: skip
+    scale = folder.name
+    return (
+        f"Verdicts on the {len(verdicts)} claims of *Block-diagonal Hessian-free Optimization for "
+        f"Training Neural Networks* (Zhang, Xiong, Bradbury, Socher 2017): {', '.join(counts)}. "
+        f"{len(runs)} runs, {' or '.join(map(str, sorted(seeds)))} seeds an experiment, on "
+        f"{', '.join(devices)}. Everything below is made from the tables beside this page "
+        f"and the configs by `make figures report SCALE={scale}`; the runs by "
+        f"`make reproduce-all SCALE={scale}`."
+    )
+
+
+def verdict_table(verdicts: Iterable[Verdict]) -> str:
+    """The verdicts as a table in Markdown."""
+    rows = [(verdict.claim.id, verdict.claim.text, f"**{verdict.word}**") for verdict in verdicts]
+    return _table(("", "claim", "verdict"), rows)
+
+
+def rule(runs: Runs) -> str:
+    """The rule as its module has it, and which runs there were when it was fixed."""
+    text = (verdicts_module.__doc__ or "").split("\n\n", 1)[1].strip().replace("\n", " ")
+    fixed = datetime.fromisoformat(FIXED)
+    begun = sum(datetime.fromisoformat(run["start"]) < fixed for run in runs)
+    when = fixed.strftime("%Y-%m-%d %H:%M UTC")
+    return (
+        f"{text}\n\nThe rule, the definitions and the thresholds are of {when}. Of the {len(runs)} "
+        f"runs here {begun} had begun before, and their curves may have been seen by then."
+    )
+
+
+def details(verdict: Verdict) -> str:
+    """A claim: what it is taken to mean, and its numbers."""
+    claim = verdict.claim
+    text = [
+        f"### {claim.id}: {verdict.word}",
+        f"*{claim.text}*",
+        f"Taken to mean: {claim.definition}",
+    ]
+    if verdict.why:
+        text.append(f"**{verdict.word}**: {verdict.why}.")
+    if verdict.judged:
+        rows = [_part_row(judged) for judged in verdict.judged]
+        text.append(_table(("part", "effect by seed", "needs", "comes out"), rows))
+    return "\n\n".join(text)
+
+
+def _part_row(judged: Judged) -> tuple[str, str, str, str]:
+    part = judged.part
+    outcome = OUTCOMES[judged.outcome]
+    reason = f": {judged.why}" if judged.outcome == "fails" else ""
+    return part.what, part.values(), part.shown(part.least), outcome + reason
+
+
+def figure_sections(evidence: Evidence, scale: str) -> Iterator[str | Chart]:
+    """Each experiment: its chart and its final values."""
+    for name, figure in figures().items():
+        cells = [c for (experiment, _), found in evidence.cells.items() if experiment == name
+                 for c in found]  # fmt: skip
+        if not cells:
+            continue
+        stem = f"figure{figure.number}_{name}"
+        yield f"## Figure {figure.number}: {figure.title}"
+        links = {
+            "seconds and gradient equivalents": f"{stem}_cost.png",
+            "CG iterations": f"{stem}_cg.png",
+            "how much losses jump": "stability.png",
+        }
+        more = "; ".join(f"[{words}]({path})" for words, path in links.items())
+        words = f"{figure.title}: curves by optimizer and mini-batch"
+        yield Chart(name, words, f"{stem}.png", f"More of it: {more}.")
+        yield (
+            f"Runs: `make reproduce-{name} SCALE={scale}`. Figures: `make figures SCALE={scale}`. "
+            "Below: final values (medians over the last tenth of the updates), mean over the seeds "
+            "(least to greatest); accuracies in per cent. Seconds are of runs made side by side; "
+            "what an update takes is measured separately."
+        )
+        yield _final_values(cells, list(figure.panels))
+
+
+def _final_values(cells: Sequence[Cell], panels: Sequence[str]) -> str:
+    columns = ["train_loss", "test_loss", *(p for p in panels if p.endswith("accuracy"))]
+    rows = []
+    for cell in cells:
+        row = [plain(str(cell)), f"{cell.update[-1]:.0f}"]
+        for metric in ("epoch", "gradient_equivalents", "seconds"):
+            row.append(
+                _spread([float(np.nanmax(v)) for v in cell.curves.columns[metric]], "{:.3g}")
+            )
+        for metric in columns:
+            values = [value for value in cell.final(metric).values() if math.isfinite(value)]
+            percent = metric.endswith("accuracy")
+            shown = "{:.1f}" if percent else "{:.4g}"
+            row.append(_spread([100 * v for v in values] if percent else values, shown))
+        lost = sum(map(bool, cell.curves.diverged))
+        row.append(f"{lost} of {len(cell.seeds)}, not in the means" if lost else "")
+        rows.append(row)
+    heads = [column.replace("_", " ") for column in columns]
+    return _table(
+        ("", "updates", "epochs", "gradient equivalents", "seconds", *heads, "diverged"), rows
+    )
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    if not values:
+        return ""
+    mean, low, high = (form.format(f(values)) for f in (np.mean, np.min, np.max))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def measurements(evidence: Evidence, scale: str) -> Iterator[str | Chart]:
+    """Blocks, update times and CG without a cap, as far as they were made."""
+    blocks = charts.blocks_of(evidence)
+    if blocks:
+        yield "## Which blocks"
+        yield Chart("blocks", "Training error by the choice of blocks")
+        yield (
+            "The autoencoder with other blocks (H1): so many of layers, or drawn at random, scalar "
+            f"by scalar. `make study STUDY=blocks SCALE={scale}`."
+        )
+        yield _final_values(blocks, [])
+    if evidence.times:
+        yield "## What an update takes"
+        yield (
+            "Seconds, medians over rounds in which the optimizers took turns on the same weights "
+            f"and mini-batches, {_machine(evidence.times)}. `make measure SCALE={scale}`."
+        )
+        yield _time_table(evidence.times)
+    if evidence.solves:
+        yield "## CG without a cap"
+        yield (
+            "Iterations by the experiment's stopping rule, with the whole matrix and with each "
+            f"block alone, on saved states. `make measure SCALE={scale}`."
+        )
+        yield _solve_table(evidence.solves)
+
+
+def _machine(times: Runs) -> str:
+    threads = "/".join(sorted({row["threads"] for row in times}))
+    load = max(float(row["load"]) for row in times)
+    return f"threads: {threads}, the machine's load at most {load:.1f}"
+
+
+def _time_table(times: Sequence[dict[str, str]]) -> str:
+    rows = []
+    for experiment, seed in dict.fromkeys((row["experiment"], row["seed"]) for row in times):
+        mine = [r for r in times if (r["experiment"], r["seed"]) == (experiment, seed)]
+        seconds = {
+            name: float(np.median([float(r["seconds"]) for r in mine if r["optimizer"] == name]))
+            for name in NAMES
+        }
+        ratios = [seconds["bdhf"] / seconds[name] for name in ("hf", "adam")]
+        rows.append(
+            [experiment, seed, *(f"{seconds[n]:.3g}" for n in NAMES), *(f"{r:.2f}" for r in ratios)]
+        )
+    heads = ("experiment", "seed", *NAMES.values(), "block-diagonal HF / HF", "/ Adam")
+    return _table(heads, rows)
+
+
+def _solve_table(solves: Sequence[dict[str, str]]) -> str:
+    rows = []
+    keys = dict.fromkeys((row["experiment"], row["seed"], row["state"]) for row in solves)
+    for experiment, seed, state in keys:
+        mine = [r for r in solves if (r["experiment"], r["seed"], r["state"]) ==
+                (experiment, seed, state)]  # fmt: skip
+        whole = [r["iterations"] for r in mine if r["solver"] == "whole"]
+        blocks = [r["iterations"] for r in mine if r["solver"] != "whole"]
+        reasons = ", ".join(dict.fromkeys(r["reason"] for r in mine))
+        rows.append([experiment, seed, state, ", ".join(whole), ", ".join(blocks), reasons])
+    heads = ("experiment", "seed", "weights after", "whole matrix", "blocks", "stopped by")
+    return _table(heads, rows)
+
+
+def tuning(evidence: Evidence, scale: str) -> Iterator[str]:
+    """The trials, and how the claims would come out with the best."""
+    known = trials(evidence)
+    if not known:
+        return
+    yield "## Tuning"
+    yield (
+        "One factor at a time, on samples held out of the training set: the test set was not "
+        "looked at. Budgets and trials: [tuning.yaml](../../configs/studies/tuning.yaml). "
+        f"`make tune SCALE={scale}`. The best in bold; accuracies in per cent."
+    )
+    rows = []
+    for group in known:
+        for cell in group.cells:
+            score = group.score(cell)
+            percent = group.metric.endswith("accuracy")
+            shown = f"{100 * score:.1f}" if percent else f"{score:.4g}"
+            shown = shown if math.isfinite(score) else "diverged"
+            shown = f"**{shown}**" if cell is group.best else shown
+            change = plain(changes(cell)) or "as shipped"
+            rows.append(
+                [group.experiment, NAMES.get(group.optimizer, group.optimizer), change, shown]
+            )
+    yield _table(("experiment", "optimizer", "changed", "validation"), rows)
+    yield (
+        "How the claims would come out on these runs: parts that hold, of one seed, with Adam at "
+        "whatever it had reached, so these are no verdicts. Claims about several mini-batches are "
+        "not among them: one size was tuned."
+    )
+    moved = [
+        (claim.id, claim.text, *(count or "not tuned" for count in counts))
+        for claim, counts in moved_verdicts(evidence)
+    ]
+    yield _table(("", "claim", "as shipped", "Adam tuned", "all three tuned"), moved)
+
+
+def settings(evidence: Evidence, scale: str) -> Iterator[str]:
+    """Sizes, targets and how often was evaluated, as the configs have them."""
+    yield "## What was run"
+    rows = []
+    order = [(experiment, name) for experiment in figures() for name in NAMES]
+    for experiment, optimizer in [key for key in order if key in evidence.cells]:
+        values, cells = shipped(experiment, scale, optimizer)
+        goal = evidence.targets[experiment]
+        target = f"{goal.metric} {goal.value:g}" if goal.metric else "none"
+        method = ", ".join(
+            f"{key} {value}"
+            for key, value in values["optimizer"].items()
+            if key != "name" and value is not None
+        )
+        for cell in cells:
+            few = cell["curvature_batch_size"]
+            sizes = [str(cell["batch_size"]), "" if few is None else str(few)]
+            counts = [str(cell["updates"]), str(cell["evaluate_every"])]
+            subset = str(values["evaluation_rows"])
+            name = NAMES.get(optimizer, optimizer)
+            rows.append([experiment, name, *sizes, *counts, subset, target, plain(method)])
+    heads = (
+        "experiment",
+        "",
+        "mini-batch",
+        "curvature",
+        "updates",
+        "evaluated every",
+        "on samples",
+    )
+    yield _table((*heads, "target", "settings"), rows)
+    yield (
+        "Targets are ours, from first trials, for the counting of updates. Adam is at its plateau "
+        f"where its training loss changes by less than {PLATEAU:.0%} in the second half of a run."
+    )
+
+
+def deviations(runs: Runs) -> Iterator[str]:
+    """What is ours, numbered, the paper's text beside it."""
+    yield "## Where this departs from the paper, or had to choose"
+    yield "Our copy of the paper's text has lost nearly all its numbers. Every value here is ours."
+    table = _DEVIATIONS.read_text(encoding="utf-8").strip()
+    compressed = sorted({run["data"] for run in runs if "compression" in run["data"]})
+    if compressed:
+        number = len(table.splitlines()) - 1
+        table += (
+            f"\n| {number} | data of these runs | CIFAR-10 | {plain(', '.join(compressed))}: a "
+            "copy whose pixels differ a little, since the original was not at hand |"
+        )
+    yield table
+
+
+def circumstances(results: Path, scale: str, runs: Runs) -> Iterator[str]:
+    """Data, compute, divergences."""
+    yield "## Data"
+    data = sorted({(plain(run["data"]), plain(run["data_sha256"])) for run in runs})
+    yield _table(("data set", "sha256 of the decoded pixels and labels"), data)
+    yield "## Compute"
+    keys = ("device", "processor", "threads", "torch", "git_commit", "git_dirty")
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run[key] for key in keys), []).append(run)
+    seconds = _seconds_of(results, scale)
+    rows = [
+        [*group[:4], group[4][:10], group[5], str(len(mine)),
+         f"{sum(seconds[run['run']] for run in mine) / 3600:.2f}",
+         max((run["peak_memory_mib"] for run in mine), key=float)]
+        for group, mine in sorted(groups.items())
+    ]  # fmt: skip
+    heads = ("device", "processor", "threads", "torch", "commit", "changed code", "runs")
+    yield _table((*heads, "hours in updates", "peak memory of a run, MiB"), rows)
+    for warning in mixtures(results, scale):
+        yield f"Warning: {plain(warning)}."
+    yield "## Divergences"
+    lost = [run for run in runs if run["status"] != "finished"]
+    columns = ("experiment", "run", "changed", "reason")
+    rows = [[plain(run[column]) for column in columns] for run in lost]
+    yield (
+        _table(("experiment", "run", "changed", "why"), rows)
+        if rows
+        else "None of the runs in the table diverged."
+    )
+    yield "A run that failed or was not finished is not in the table; `make plan` names it."
+    yield f"Every run, with its command and commit: [runs.csv](runs.csv). ({scale} scale)"
+
+
+def _seconds_of(results: Path, scale: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for row in read_table(results / scale / "curves.csv"):
+        found[row["run"]] = max(found.get(row["run"], 0.0), float(row["seconds"] or 0.0))
+    return found
+
+
+def plain(text: str) -> str:
+    """Text that is not ours (names, reasons), so that nothing in it is taken for Markdown."""
+    return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(text.split()))
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    return "\n".join([line(heads), line(["---"] * len(heads)), *map(line, rows)])
