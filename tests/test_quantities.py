@@ -176,6 +176,8 @@ def test_effects(
         ((INF, INF), (80, 90), (0, 0)),  # ours diverged before
         ((INF, INF), (INF, INF), (NAN, NAN)),
         ((0, 2), (0, 4), (0, INF)),  # theirs may have been there at once
+        ((0, 0), (2, 4), (INF, INF)),
+        ((0, 0), (0, 0), (NAN, NAN)),
     ],
 )
 def test_times_fewer_is_known_to_lie_between(

@@ -470,6 +470,12 @@ def test_claims_on_all_experiments_need_them_all(experiment: str) -> None:
     assert found.word == (UNTESTED if damped else HOLDS)
 
 
+def test_solves_that_were_cut_short_leave_nothing_to_judge() -> None:
+    for solver in ("whole", "block 2"):
+        cut = judge(BY_ID["T2"], evidence({f"solve-{solver}": {"reason": "iteration cap"}}))
+        assert [part.outcome for part in cut.judged] == 4 * ["untested"]
+
+
 def test_all_planned_sizes_are_needed() -> None:
     whole = dict.fromkeys(evidence().cells, 2)
     for id_ in IDS:
