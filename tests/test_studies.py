@@ -37,6 +37,7 @@ from bdhf.report.evidence import Cell, Evidence, UntestedError, gather, read_evi
 from bdhf.report.figures import draw_figures
 from bdhf.report.table import CellKey, Curves, collect, read_curves
 from bdhf.runner import run
+from bdhf.sweep import sweep
 from bdhf.sweep.grid import Grid, GridRun, expand
 
 STUDIES = {
@@ -83,7 +84,7 @@ def test_studies_name_what_there_is() -> None:
     for found in STUDIES.values():
         assert set(found) <= set(experiment_names())
         assert all(lines and set(lines) <= set(SCALES) for lines in found.values())
-    assert NAMED == [("blocks", "laptop"), ("blocks", "paper"), ("tuning", "laptop")]
+    assert set(NAMED) == set(itertools.product(STUDIES, ("laptop", "paper")))
 
 
 @pytest.mark.parametrize(("study", "scale"), NAMED)
@@ -109,14 +110,15 @@ def test_labels_of_a_study_name_what_it_tries_and_no_more() -> None:
     assert labels == [f"{begin}{end}" for end in (*ends, "cg_momentum=0")]
 
 
-def test_tuning_treats_the_optimizers_alike() -> None:
+@pytest.mark.parametrize("scale", ["laptop", "paper"])
+def test_tuning_treats_the_optimizers_alike(scale: str) -> None:
     trials: dict[tuple[str, str], list[Config]] = defaultdict(list)
-    for made in runs_of("tuning", "laptop"):
+    for made in runs_of("tuning", scale):
         trials[made.config.experiment, made.config.optimizer.name].append(made.config)
     assert set(trials) == set(itertools.product(EXPERIMENTS, ("adam", "hf", "bdhf")))
     assert {len(configs) for configs in trials.values()} == {7}
     for (experiment, optimizer), configs in trials.items():
-        cell = shipped(experiment, "laptop", optimizer)[1][0]
+        cell = shipped(experiment, scale, optimizer)[1][0]
         for size in ("batch_size", "curvature_batch_size", "evaluate_every"):
             assert {getattr(c, size) for c in configs} == {cell[size]}
         assert {2 * c.updates for c in configs} == {cell["updates"]}
@@ -124,9 +126,10 @@ def test_tuning_treats_the_optimizers_alike() -> None:
         assert {c.seed for c in configs} == {0}
 
 
-def test_tuning_tries_one_setting_at_a_time_and_never_on_the_test_set() -> None:
+@pytest.mark.parametrize("scale", ["laptop", "paper"])
+def test_tuning_tries_one_setting_at_a_time_and_never_on_the_test_set(scale: str) -> None:
     tried: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for made in runs_of("tuning", "laptop"):
+    for made in runs_of("tuning", scale):
         words = changes(made.config)
         assert words[0] == f"data.validation_rows={made.config.data.validation_rows}"
         assert made.config.data.validation_rows == 10_000
@@ -137,6 +140,12 @@ def test_tuning_tries_one_setting_at_a_time_and_never_on_the_test_set() -> None:
         assert all(word.startswith("optimizer.") for word in words if word != "as shipped")
         if optimizer == "bdhf":
             assert words == tried[experiment, "hf"]
+
+
+def test_study_without_runs_at_a_scale_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(["scale=demo", "study=tuning"], "") == 1
+    said = capsys.readouterr().err
+    assert said == "error: nothing is asked for: the study has no runs of this at this scale\n"
 
 
 # What claim H1 needs

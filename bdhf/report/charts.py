@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 from bdhf.experiment import figures
-from bdhf.report.evidence import NAMES, Cell, Evidence
+from bdhf.report.evidence import NAMES, Cell, Evidence, cells_of
 from bdhf.report.figures import AXES, color_of, style
 
 _DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
@@ -17,8 +17,7 @@ def data(evidence: Evidence, scale: str) -> dict[str, Any]:
     """All curves of the page, as ``assets/page.js`` takes them."""
     experiments = []
     for name, figure in figures().items():
-        cells = [c for (experiment, _), found in evidence.cells.items() if experiment == name
-                 for c in found]  # fmt: skip
+        cells = cells_of(evidence.cells, name)
         if cells:
             drawn = [
                 _cell(cell, color_of(cell.key.optimizer), _dash(cell, cells)) for cell in cells

@@ -298,12 +298,21 @@ def _change_in_words(descent: float) -> str:
     return "diverged" if math.isinf(descent) else f"{-descent:+.0%}"
 
 
-def gather(curves: dict[CellKey, Curves]) -> dict[tuple[str, str], list[Cell]]:
+#: Cells by experiment and optimizer.
+Cells = dict[tuple[str, str], list[Cell]]
+
+
+def gather(curves: dict[CellKey, Curves]) -> Cells:
     """Cells by experiment and optimizer, in the order of their sizes."""
-    found: dict[tuple[str, str], list[Cell]] = {}
+    found: Cells = {}
     for key in sorted(curves, key=lambda k: (k.batch_size, k.curvature_batch_size or 0, k)):
         found.setdefault((key.experiment, key.optimizer), []).append(Cell(key, curves[key]))
     return found
+
+
+def cells_of(cells: Cells, experiment: str) -> list[Cell]:
+    """All cells of an experiment."""
+    return [cell for (name, _), found in cells.items() if name == experiment for cell in found]
 
 
 def read_evidence(results: Path, scale: str) -> Evidence:

@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from bdhf.config import FigureConfig
 from bdhf.experiment import figures
-from bdhf.report.evidence import Cell, gather
+from bdhf.report.evidence import Cell, cells_of, gather
 from bdhf.report.table import CellKey, Curves, read_curves
 
 #: Colours of Okabe and Ito (2008), which the colour-blind can tell apart.
@@ -45,8 +45,7 @@ def draw_figures(results: Path, scale: str) -> list[Path]:
     cells = gather({key: value for key, value in curves.items() if not key.study})
     drawn = []
     for name, figure in figures().items():
-        mine = [cell for (experiment, _), found in cells.items() if experiment == name
-                for cell in found]  # fmt: skip
+        mine = cells_of(cells, name)
         if not mine:
             continue
         title = f"{figure.title} ({scale} scale; {_seeds(mine)})"

@@ -15,7 +15,7 @@ from bdhf.experiment import figures, shipped
 from bdhf.record import read_table
 from bdhf.report import charts
 from bdhf.report import verdicts as verdicts_module
-from bdhf.report.evidence import NAMES, PLATEAU, Cell, Evidence
+from bdhf.report.evidence import NAMES, PLATEAU, Cell, Evidence, cells_of
 from bdhf.report.table import mixtures
 from bdhf.report.tuning import changes, moved_verdicts, trials
 from bdhf.report.verdicts import FIXED, Judged, Verdict
@@ -105,8 +105,7 @@ def _part_row(judged: Judged) -> tuple[str, str, str, str]:
 def figure_sections(evidence: Evidence, scale: str) -> Iterator[str | Chart]:
     """Each experiment: its chart and its final values."""
     for name, figure in figures().items():
-        cells = [c for (experiment, _), found in evidence.cells.items() if experiment == name
-                 for c in found]  # fmt: skip
+        cells = cells_of(evidence.cells, name)
         if not cells:
             continue
         stem = f"figure{figure.number}_{name}"

@@ -96,6 +96,8 @@ def _expanded(arguments: Sequence[str], use: Callable[[Grid], int]) -> int:
             for message, count in grid.refused.items():
                 _complain(f"{message} ({count} runs)" if count > 1 else message)
             if not grid.runs:
+                if not grid.refused:
+                    _complain("nothing is asked for: the study has no runs of this at this scale")
                 return 1
             exit_code = use(grid)
             if grid.refused:

@@ -49,6 +49,24 @@ def lower_all_along(ours: Cell, theirs: Cell) -> list[Part]:
     return parts
 
 
+def better_at_the_end(
+    ours: Cell, theirs: Cell, accuracy: str, loss_share: float, points: float
+) -> list[Part]:
+    """A final training loss below HF's, and a final test accuracy above it."""
+    at = f"curvature {ours.key.curvature_batch_size}"
+    losses = ours.final("train_loss"), theirs.final("train_loss")
+    hits = ours.final(accuracy), theirs.final(accuracy)
+    return [
+        Part(f"final training loss below HF's, {at}", paired(*losses, share_below), loss_share),
+        Part(
+            f"final test accuracy above HF's, {at}",
+            paired(*hits, difference),
+            least=points,
+            unit="points",
+        ),
+    ]
+
+
 def updates_to_ours(ours: Cell, theirs: Cell, metric: str, least: float) -> Part:
     """How many times more updates ``theirs`` needs to the final value of ``ours``."""
     goals = ours.final(metric)

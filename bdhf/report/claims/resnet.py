@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 
-from bdhf.report.claims.common import better_than_adam, loses_less_as_curvature_shrinks
+from bdhf.report.claims.common import (
+    better_at_the_end,
+    better_than_adam,
+    loses_less_as_curvature_shrinks,
+)
 from bdhf.report.evidence import Evidence, difference, paired, share_below, unsettled
 from bdhf.report.verdicts import Part, claim
 
@@ -43,21 +47,11 @@ def better_than_hf(evidence: Evidence) -> list[Part]:
     """At each curvature mini-batch: a final training loss at least 1 % lower than HF's, and a
     final test accuracy at least 0.5 points higher. (The paper has three sizes, the laptop scale
     two.)"""
-    parts = []
-    for ours, theirs in evidence.pairs(NAME):
-        at = f"curvature {ours.key.curvature_batch_size}"
-        losses = ours.final("train_loss"), theirs.final("train_loss")
-        hits = ours.final(ACCURACY), theirs.final(ACCURACY)
-        parts += [
-            Part(f"final training loss below HF's, {at}", paired(*losses, share_below), 0.01),
-            Part(
-                f"final test accuracy above HF's, {at}",
-                paired(*hits, difference),
-                least=0.005,
-                unit="points",
-            ),
-        ]
-    return parts
+    return [
+        part
+        for ours, theirs in evidence.pairs(NAME)
+        for part in better_at_the_end(ours, theirs, ACCURACY, 0.01, 0.005)
+    ]
 
 
 @claim("R3", "Its training is substantially more stable than HF's.")
