@@ -231,9 +231,10 @@ _OF_THE_CELL = ("batch_size", "curvature_batch_size", "updates", "evaluate_every
 
 
 def _check_cell(composed: DictConfig) -> None:
-    if not any(OmegaConf.is_interpolation(composed, key) for key in _OF_THE_CELL):
-        return
     name = composed.optimizer.name
+    given = not any(OmegaConf.is_interpolation(composed, key) for key in _OF_THE_CELL)
+    if given and name not in composed.cells:
+        return
     allowed = (
         f"one of {', '.join(composed.cells)}, which have sizes in {composed.experiment} at "
         f"scale={composed.scale}; for another one give {', '.join(_OF_THE_CELL)}"

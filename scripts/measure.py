@@ -98,7 +98,7 @@ def measure(arguments: argparse.Namespace) -> None:
         part.into(times, "hf", timed, of_times)
         if not getattr(configs["hf"].optimizer, "damping", 0.0):
             print(
-                f"left out: {name} seed {seed}: "
+                f"left out: {name} seed {seed}, CG solves: "
                 "without damping its curvature mini-batch has a singular G"
             )
             continue

@@ -193,7 +193,7 @@ def test_time_limit_is_the_whole_sweeps(
     assert sweep([*SMALL, f"results={expected}"], "") == 0
     capsys.readouterr()
     updates = 0
-    original = Training._update
+    original = Training.update
 
     def late(training: Training) -> None:
         nonlocal updates
@@ -203,7 +203,7 @@ def test_time_limit_is_the_whole_sweeps(
             monkeypatch.setattr("bdhf.stopping.time.time", lambda: 1e12)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_update", late)
+        patch.setattr(Training, "update", late)
         assert sweep([*SMALL, f"results={tmp_path}/cut", "time_limit=540"], "") == 0
     monkeypatch.undo()
     out = capsys.readouterr().out
@@ -488,7 +488,7 @@ class Killed(BaseException):
 def killed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int = 3) -> RunFolder:
     """A run of six updates killed after some, with checkpoints of the last and the one before."""
     values = tiny("autoencoder", "bdhf", "updates=6", "checkpoint_seconds=0", f"results={tmp_path}")
-    original = Training._update
+    original = Training.update
 
     def killed(training: Training) -> None:
         if training.progress.update == after:
@@ -497,7 +497,7 @@ def killed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int = 3) 
 
     with monkeypatch.context() as patch:
         patch.setattr("bdhf.runner._CHECKPOINT_SHARE", float("inf"))
-        patch.setattr(Training, "_update", killed)
+        patch.setattr(Training, "update", killed)
         with pytest.raises(Killed):
             run(EXPERIMENTS["autoencoder"], values, shown=False)
     return RunFolder(values)
@@ -557,7 +557,7 @@ def test_metrics_end_with_the_run_after_a_smaller_budget(
     values = tiny("autoencoder", "bdhf", "updates=5", f"results={tmp_path}")
     expected = without_clocks(read_metrics(run(EXPERIMENTS["autoencoder"], values).folder.path))
     assert [row["update"] for row in expected] == [0, 2, 4, 5]
-    original = Training._update
+    original = Training.update
 
     def killed(training: Training) -> None:
         if training.progress.update == 7:
@@ -565,7 +565,7 @@ def test_metrics_end_with_the_run_after_a_smaller_budget(
         original(training)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_update", killed)
+        patch.setattr(Training, "update", killed)
         with pytest.raises(Killed):
             run(EXPERIMENTS["autoencoder"], dataclasses.replace(values, updates=8))
     assert [row["update"] for row in read_metrics(RunFolder(values).path)] == [0, 2, 4, 6]
@@ -625,7 +625,7 @@ def test_checkpoints_take_a_small_share_of_the_time(
     clock = [0.0]
     monkeypatch.setattr("bdhf.runner.time.monotonic", lambda: clock[0])
     saved: list[float] = []
-    save, update = RunFolder.save_checkpoint, Training._update
+    save, update = RunFolder.save_checkpoint, Training.update
 
     def slow_save(folder: RunFolder, checkpoint: dict[str, Any]) -> None:
         save(folder, checkpoint)
@@ -637,7 +637,7 @@ def test_checkpoints_take_a_small_share_of_the_time(
         clock[0] += 10
 
     monkeypatch.setattr(RunFolder, "save_checkpoint", slow_save)
-    monkeypatch.setattr(Training, "_update", slow_update)
+    monkeypatch.setattr(Training, "update", slow_update)
     sizes = ("updates=30", "checkpoint_seconds=5", f"results={tmp_path}")
     run(EXPERIMENTS["autoencoder"], tiny("autoencoder", "adam", *sizes))
     *pauses, _ = [after - before for before, after in itertools.pairwise(saved)]
