@@ -26,7 +26,7 @@ class RandomBlocks(nn.Module):
             the network has buffers.
     """
 
-    places: Tensor
+    order: Tensor
 
     def __init__(self, network: nn.Module, count: int, seed: int = 0) -> None:
         super().__init__()
@@ -40,13 +40,12 @@ class RandomBlocks(nn.Module):
         flat = torch.cat([p.detach().reshape(-1) for p in named.values()])
         if not 1 <= count <= len(flat):
             raise ValueError(f"count={count}; must be between 1 and {len(flat)}, its parameters")
-        order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))
-        self.blocks = nn.ParameterList(
-            nn.Parameter(flat[chosen].clone()) for chosen in order.tensor_split(count)
-        )
-        places = torch.empty_like(order)
-        places[order] = torch.arange(len(order))
-        self.register_buffer("places", places, persistent=False)  # the draw gives it again
+        drawn = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))
+        # In the order of memory inside a block, which makes no difference but to the cache.
+        chosen = [block.sort().values for block in drawn.tensor_split(count)]
+        self.blocks = nn.ParameterList(nn.Parameter(flat[places].clone()) for places in chosen)
+        # No part of the state: the draw gives it again.
+        self.register_buffer("order", torch.cat(chosen), persistent=False)
         self._shapes = {name: parameter.shape for name, parameter in named.items()}
         self._sizes = [parameter.numel() for parameter in named.values()]
         # In a list, so that its parameters are not this module's.
@@ -59,7 +58,10 @@ class RandomBlocks(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's outputs."""
-        scalars = torch.cat(list(self.blocks))[self.places].split(self._sizes)
+        values = torch.cat(list(self.blocks))
+        # Scattered and not gathered, since the transpose of this, a gather, is far cheaper than
+        # that of a gather, a sum over places that torch cannot know to be distinct.
+        scalars = torch.zeros_like(values).scatter(0, self.order, values).split(self._sizes)
         pairs = zip(self._shapes.items(), scalars, strict=True)
         parameters = {name: part.view(shape) for (name, shape), part in pairs}
         return functional_call(self._network[0], parameters, args, kwargs)

@@ -50,7 +50,7 @@ def flat(tensors: list[Tensor | None], like: list[Tensor]) -> Tensor:
 def weights(model: nn.Module) -> Tensor:
     """All scalars, in the order of the plain network."""
     scalars = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    return scalars[model.places] if isinstance(model, RandomBlocks) else scalars
+    return scalars[model.order.argsort()] if isinstance(model, RandomBlocks) else scalars
 
 
 def called(case: Case) -> dict[str, Tensor]:
@@ -78,7 +78,7 @@ def test_start_outputs_and_gradients_are_the_networks(name: str, count: int) -> 
             flat(list(torch.autograd.grad(loss, parameters, allow_unused=True)), parameters)
         )
     assert gradients[0].norm() > 0
-    torch.testing.assert_close(gradients[1][random.model.places], gradients[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients[1][random.model.order.argsort()], gradients[0], rtol=1e-12, atol=0)
 
 
 def numbered(*sizes: int) -> nn.Sequential:
@@ -116,8 +116,8 @@ def test_draw_depends_on_its_seed_alone_and_takes_from_no_other_stream() -> None
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
     same, other = RandomBlocks(numbered(6, 8), 3), RandomBlocks(numbered(6, 8), 3, seed=1)
-    assert torch.equal(same.places, one.places)
-    assert not torch.equal(other.places, one.places)
+    assert torch.equal(same.order, one.order)
+    assert not torch.equal(other.order, one.order)
 
 
 def test_state_dict_comes_back_into_another_start() -> None:
@@ -188,7 +188,7 @@ def test_networks_that_cannot_be_so_split_are_refused(
 def test_matrix_is_the_networks_with_its_rows_in_another_order(name: str) -> None:
     plain, random = pair(name, 3)
     expected, found = dense_ggn(plain, 0), dense_ggn(random, 0)
-    places = random.model.places
+    places = random.model.order.argsort()
     assert expected.norm() > 0 and not torch.equal(places, places.sort().values)
     torch.testing.assert_close(found[places][:, places], expected, rtol=0, atol=1e-13)
 
