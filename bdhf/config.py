@@ -93,8 +93,14 @@ class Config:
     # test set each; at the end both are evaluated whole.
     evaluation_rows: int = 10_000
 
+    # Whether a GPU may round the arguments of matrix products and convolutions to ten bits; null:
+    # no. Part of the hash, since nothing has shown yet that it leaves the curves alone.
+    tf32: bool | None = None
+
     # These change neither the curve nor the run's folder.
     device: str = "auto"
+    # Whether updates on a GPU are recorded once and replayed.
+    cuda_graphs: bool = True
     threads: int | None = None
     micro_batch: int | None = None
     time_limit: float | None = None
@@ -116,6 +122,7 @@ _OUTSIDE_THE_HASH = (
     "cell",
     "updates",
     "device",
+    "cuda_graphs",
     "threads",
     "micro_batch",
     "time_limit",

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bdhf import graphs
 from bdhf.batches import Batch, Criterion
+from bdhf.functional import RandomState
 from bdhf.gradient import loss_and_gradient
+from bdhf.graphs import Fixed, Graphs, NoGraphError, Recordings, kind_of
 from bdhf.optimizer import StepReport
+
+#: Settings of torch's optimizers that say how they compute on this device, not what.
+_WAYS = ("foreach", "fused", "capturable")
+
+#: Makes a step on a batch; returns the loss and the norm of the gradient.
+_Make = Callable[[Batch], tuple[Tensor, Tensor]]
 
 
 class FirstOrder:
@@ -23,11 +33,16 @@ class FirstOrder:
 
     Args:
         optimizer: the optimizer; its parameters, state and settings are the wrapped ones'.
+        cuda_graphs: on a GPU, record a step at the third of its kind and replay it from then on,
+            as `BlockDiagonalHF` does; here a changed ``lr`` is another kind. Torch's Adam and its
+            like need ``capturable=True`` for it.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, *, cuda_graphs: bool = False) -> None:
         self.optimizer = optimizer
+        self.cuda_graphs = cuda_graphs
         self.last_step: StepReport | None = None
+        self._recordings: Recordings[_RecordedStep] = Recordings()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -39,8 +54,13 @@ class FirstOrder:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state that `state_dict` returned."""
-        self.optimizer.load_state_dict(state)
+        """Load a state that `state_dict` returned, also on another device."""
+        pairs = zip(state["param_groups"], self.param_groups, strict=True)
+        groups = [
+            group | {name: own[name] for name in _WAYS if name in own} for group, own in pairs
+        ]
+        self.optimizer.load_state_dict({**state, "param_groups": groups})
+        self._recordings = Recordings()
 
     def step(
         self,
@@ -57,9 +77,58 @@ class FirstOrder:
         The loss is that before the update: a detached scalar on the device.
         """
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        loss = loss_and_gradient(model, criterion, batch, parameters, micro_batch)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        self.optimizer.step()
-        self.last_step = StepReport([], norm, "gradient")
+
+        def make(batch: Batch) -> tuple[Tensor, Tensor]:
+            loss = loss_and_gradient(model, criterion, batch, parameters, micro_batch)
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            self.optimizer.step()
+            return loss, norm
+
+        if self.cuda_graphs and graphs.available(parameters[0].device):
+            settings = [{**group, "params": len(group["params"])} for group in self.param_groups]
+            kind = kind_of(model, criterion, batch, [], [settings, micro_batch])
+            loss, norm, path = self._replayed(kind, make, batch, parameters)
+        else:
+            loss, norm = make(batch)
+            path = "gradient"
+        self.last_step = StepReport([], norm, path)
         return loss
+
+    def _replayed(
+        self, kind: Hashable, make: _Make, batch: Batch, parameters: list[nn.Parameter]
+    ) -> tuple[Tensor, Tensor, str]:
+        """``make(batch)``, replayed where that is possible, and the path."""
+        try:
+            recorded = self._recordings.find(kind, lambda: _RecordedStep(make, batch, parameters))
+            if recorded is not None:
+                return *recorded(batch), "gradient, replayed"
+        except NoGraphError as error:
+            self._recordings.give_up(kind, error)
+            return *make(batch), f"gradient, not replayed: {error}"
+        before = RandomState.capture(parameters)
+        made = make(batch)
+        if not RandomState.capture(parameters).equals(before):
+            self._recordings.give_up(kind, NoGraphError("the network draws random numbers"))
+        return *made, "gradient"
+
+
+class _RecordedStep:
+    """Steps of one kind, on batches that are copied to where the recording has them."""
+
+    def __init__(self, make: _Make, batch: Batch, parameters: list[nn.Parameter]) -> None:
+        self._make, self._parameters = make, parameters
+        self._batch = Fixed(batch)
+        self._graphs = Graphs(parameters[0].device)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        self._batch.fill(batch)
+        self._graphs.do("step", self._step, at_once=True)
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        loss, norm = self._made
+        return loss.clone(), norm.clone()  # the recording's memory is used again
+
+    def _step(self) -> None:
+        self._made = self._make(self._batch.values)
+        self._gradients = [parameter.grad for parameter in self._parameters]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from bdhf.batches import call_arguments
+from bdhf.graphs import recording
 
 
 def call(model: nn.Module, values: Mapping[Tensor, Tensor], inputs: Any) -> Any:
@@ -51,11 +51,20 @@ def plain_operations(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            with warnings.catch_warnings():  # of TF32, which nobody asked for
-                warnings.simplefilter("ignore")
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(_switched_off(torch.backends.mkldnn))
+            stack.enter_context(_switched_off(torch.backends.cudnn))
         yield
+
+
+@contextlib.contextmanager
+def _switched_off(backend: Any) -> Iterator[None]:
+    """Not by the backend's own ``flags``, which also sets TF32, and fails where others have."""
+    before = backend.enabled
+    backend.enabled = False
+    try:
+        yield
+    finally:
+        backend.enabled = before
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -73,22 +82,35 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class RandomState:
-    """The state of the random generators from which a network draws."""
+    """The state of the random generators from which a network draws; None: it draws nothing."""
 
-    cpu: Tensor
+    cpu: Tensor | None
     device: torch.device
     of_device: Tensor | None
 
     @classmethod
     def capture(cls, tensors: Sequence[Tensor]) -> RandomState:
-        """The current state of the CPU's generator and that of the tensors' device."""
+        """The current state of the CPU's generator and that of the tensors' device.
+
+        None of it while work is recorded, which is only done where nothing is drawn.
+        """
         device = tensors[0].device if tensors else torch.device("cpu")
+        if recording():
+            return cls(None, device, None)
         of_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(torch.get_rng_state(), device, of_device)
+
+    def equals(self, other: RandomState) -> bool:
+        """Whether the same numbers will be drawn."""
+        pairs = (self.cpu, other.cpu), (self.of_device, other.of_device)
+        return all(one is two or torch.equal(one, two) for one, two in pairs)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """Draw from this state inside, and go on from the current one afterwards."""
+        if self.cpu is None:
+            yield
+            return
         with torch.random.fork_rng([] if self.of_device is None else [self.device]):
             torch.set_rng_state(self.cpu)
             if self.of_device is not None:

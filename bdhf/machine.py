@@ -10,8 +10,11 @@ import torch
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # malloc.h
 
 
-def use_machine(threads: int | None) -> None:
+def use_machine(threads: int | None, tf32: bool | None = None) -> None:
     """Compute with so many CPU threads (None: torch's choice), and keep freed memory.
+
+    A GPU computes in full single precision unless ``tf32``; torch's own choice is TF32 for
+    convolutions.
 
     glibc gives every freed tensor of some megabytes back to the system, and gets it again, page
     by page, for the next one, which takes a good part of a ResNet's time on a CPU. Kept for reuse
@@ -19,6 +22,10 @@ def use_machine(threads: int | None) -> None:
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    precision = "tf32" if tf32 else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+    torch.backends.cudnn.rnn.fp32_precision = precision  # type: ignore[attr-defined]
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "gnu_get_libc_version"):

@@ -207,6 +207,7 @@ def _update(training: Training, state: State, later: int = 0) -> StepReport:
     training.progress = Progress(update=state.update + later)
     synchronize(training.problem.train[0].device)
     training.update()
+    training.settle()
     model.load_state_dict(before)
     report = training.optimizer.last_step
     assert report is not None

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bdhf import graphs
 from bdhf.batches import Batch, Criterion, checked_batch
-from bdhf.cg import StopReason, conjugate_gradient
-from bdhf.curvature import GaussNewton, flattened, unflattened
-from bdhf.functional import RandomState
-from bdhf.gradient import loss_and_gradient
+from bdhf.cg import StopReason
+from bdhf.graphs import NoGraphError, Recordings
 from bdhf.linearization import Linearizer
+from bdhf.update import RecordedUpdate, Update
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class StepReport:
         gradient_norm: 2-norm of the gradient over all blocks, a scalar on the device.
         path: how curvature products were computed: by maps ``"brought by the network"``,
             ``"traced"`` once for all updates, or, slower, by ``"autograd: ..."`` with the reason
-            why the network could not be traced; with ``micro_batch``, ``", in pieces"``.
+            why the network could not be traced; with ``micro_batch``, ``", in pieces"``. With
+            ``cuda_graphs``, ``", replayed"``, or ``", not replayed: ..."`` and the reason.
     """
 
     blocks: list[BlockStep]
@@ -82,6 +83,11 @@ class BlockDiagonalHF(Optimizer):
         cg_tol: ε of the relative-progress rule (Martens 2010, section 4.4); 0 switches it off.
         cg_momentum: CG starts from this constant times the block's last solution, from 0
             (a cold start) to 1.
+        cuda_graphs: on a GPU, record an update at the third of its kind and replay it from then
+            on, which saves nearly all of the time that Python takes (up to most of an update, for
+            small networks). Until the kind changes (another network or loss, other shapes, modes,
+            settings but ``lr``), `step` does again what it did, whatever else may have changed in
+            network or loss. On a CPU it does nothing.
 
     The default values are this project's choices for the paper's experiments.
 
@@ -97,10 +103,14 @@ class BlockDiagonalHF(Optimizer):
         cg_max_iter: int = 30,
         cg_tol: float = 5e-4,
         cg_momentum: float = 0.95,
+        *,
+        cuda_graphs: bool = False,
     ) -> None:
         #: What the last update did (a `StepReport`); None before the first.
         self.last_step: StepReport | None = None
-        self._linearizer = Linearizer()
+        #: Whether updates are recorded and replayed on a GPU.
+        self.cuda_graphs = cuda_graphs
+        self._forget()
         defaults = {
             "lr": lr,
             "damping": damping,
@@ -113,7 +123,13 @@ class BlockDiagonalHF(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.last_step, self._linearizer = None, Linearizer()
+        self.last_step, self.cuda_graphs = None, getattr(self, "cuda_graphs", False)
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was kept from one update to the next to save time."""
+        self._linearizer = Linearizer()
+        self._recordings: Recordings[RecordedUpdate] = Recordings()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a block; see `torch.optim.Optimizer.add_param_group`."""
@@ -174,32 +190,48 @@ class BlockDiagonalHF(Optimizer):
             curvature_batch = batch
         curvature_batch = checked_batch(curvature_batch, "curvature_batch")
         groups, blocks = self._trainable_blocks(model)
-        parameters = [p for block in blocks for p in block]
-        state = RandomState.capture(parameters)
-
-        loss = None
-        if batch is not None:
-            loss = loss_and_gradient(model, criterion, batch, parameters, micro_batch)
-        if all(p.grad is None for p in parameters):
-            raise ValueError(
-                "batch=None uses the gradients in p.grad, and there are none; "
-                "call loss.backward() first, or pass a batch"
-            )
-
-        # Linearised from the same random state: on the same batch, gradient and curvature then
-        # see the same dropout masks.
-        matrix = GaussNewton(
-            model, criterion, curvature_batch, blocks, micro_batch, state, self._linearizer
+        update = Update(
+            model,
+            criterion,
+            batch,
+            curvature_batch,
+            groups,
+            blocks,
+            self.state,
+            micro_batch,
+            self._linearizer,
         )
-        descents = [_flat_gradient(block).neg_() for block in blocks]
-        norms = torch._foreach_norm(descents)
-        norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
-        solved = dict(
-            zip(map(id, groups), self._solve(matrix, groups, blocks, descents), strict=True)
-        )
+        update, path = self._made(update)
+        # A recording's memory is used again.
+        loss = None if update.loss is None else update.loss.clone()
+        norm = update.gradient_norm.clone()
+        solved = {
+            id(group): BlockStep(r.iterations, r.reason, r.value, r.products)
+            for group, r in zip(groups, update.finish(), strict=True)
+        }
         steps = [solved.get(id(group), _FROZEN) for group in self.param_groups]
-        self.last_step = StepReport(steps, norm, matrix.path)
+        self.last_step = StepReport(steps, norm, path)
         return loss
+
+    def _made(self, update: Update) -> tuple[Update, str]:
+        """The update but for its last step, replayed where that is possible, and its path."""
+        if not (self.cuda_graphs and graphs.available(update.parameters[0].device)):
+            update.make()
+            return update, update.matrix.path
+        kind = update.kind()
+        try:
+            recorded = self._recordings.find(kind, lambda: RecordedUpdate(update))
+            if recorded is not None:
+                update = recorded.made(update)
+                return update, f"{update.matrix.path}, replayed"
+            update.make()
+            update.check_recordable()
+            return update, update.matrix.path
+        except NoGraphError as error:
+            self._recordings.give_up(kind, error)
+            if not update.is_made:
+                update.make()
+            return update, f"{update.matrix.path}, not replayed: {error}"
 
     def _trainable_blocks(
         self, model: nn.Module
@@ -220,55 +252,6 @@ class BlockDiagonalHF(Optimizer):
         if not groups:
             raise ValueError("no parameter in the param groups requires a gradient")
         return groups, [block for _, block in pairs if block]
-
-    def _solve(
-        self,
-        matrix: GaussNewton,
-        groups: list[dict[str, Any]],
-        blocks: list[list[nn.Parameter]],
-        descents: list[Tensor],
-    ) -> list[BlockStep]:
-        """Solve every block, step along the solutions and keep them for the next warm start."""
-        used = [0] * len(blocks)
-
-        def matvec(vectors: list[Tensor | None]) -> list[Tensor | None]:
-            for k, vector in enumerate(vectors):
-                used[k] += vector is not None
-            return matrix.products(vectors)
-
-        solutions = conjugate_gradient(
-            matvec,
-            descents,
-            [self._warm_start(*row) for row in zip(groups, blocks, descents, strict=True)],
-            max_iter=[group["cg_max_iter"] for group in groups],
-            tol=[group["cg_tol"] for group in groups],
-            damping=[group["damping"] for group in groups],
-        )
-        for group, block, solved in zip(groups, blocks, solutions, strict=True):
-            for p, change in zip(block, unflattened(solved.solution, block), strict=True):
-                p.add_(change, alpha=group["lr"])
-                self.state[p]["cg_solution"] = change.clone()
-        return [
-            BlockStep(solved.iterations, solved.reason, solved.value, products)
-            for solved, products in zip(solutions, used, strict=True)
-        ]
-
-    def _warm_start(
-        self, group: dict[str, Any], block: list[nn.Parameter], descent: Tensor
-    ) -> Tensor | None:
-        """The last solution times ``cg_momentum``; None where that is zero."""
-        if group["cg_momentum"] == 0 or not any("cg_solution" in self.state[p] for p in block):
-            return None
-        last = [self.state[p].get("cg_solution", torch.zeros_like(p)) for p in block]
-        return flattened(last, descent.dtype).mul_(group["cg_momentum"])
-
-
-def _flat_gradient(block: list[nn.Parameter]) -> Tensor:
-    """The block's gradient as one vector, in single precision or wider."""
-    dtype = torch.float32
-    for p in block:
-        dtype = torch.promote_types(dtype, p.dtype)
-    return flattened([torch.zeros_like(p) if p.grad is None else p.grad for p in block], dtype)
 
 
 def _check_arguments(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from bdhf.graphs import recording
 from bdhf.linearization import Block, Linearizable, PerBlock
 
 
@@ -208,7 +209,7 @@ class LinearizedLSTM:
         squashed = matrix.new_zeros(steps, depth, units, rows)
         for step in range(steps):
             active = _active(step, time)
-            one[step, active] = 1
+            one[step, active].fill_(1)
             z, read, c = gates[step, active], reads[step, active, :-1], cell[step + 1, active]
             torch.baddbmm(bias[active], matrix[active], read, out=z)
             early, g, late = z.unflatten(1, (4, units)).split((2, 1, 1), 1)
@@ -259,6 +260,8 @@ class LinearizedLSTM:
     def _stack(self, asked: PerBlock) -> _Stack:
         """The blocks that are asked for; which ones changes only when a block's CG has stopped."""
         live = tuple(k for k, vectors in enumerate(asked) if vectors is not None)
+        if recording():  # a replay has to make it anew, since it holds slopes
+            return _Stack.of(self, live)
         if live not in self.stacks:
             self.stacks.clear()
             self.stacks[live] = _Stack.of(self, live)
@@ -351,13 +354,13 @@ class _Stack:
         own = {k: {place.layer for place in at.blocks[k] if place.layer < depth} for k in live}
         order = [(k, layer) for k in live for layer in range(min(own[k], default=depth), depth)]
         layers = [layer for _, layer in order]
-        matrix, slopes, cell = at.matrix[layers], at.slopes, at.cell
+        matrix, slopes, cell = _picked(at.matrix, layers, 0), at.slopes, at.cell
         for place, (k, layer) in enumerate(order):
             if layer == min(own[k]):
-                matrix[place, :, :width] = 0
+                matrix[place, :, :width].fill_(0)
         if layers != list(range(depth)):
-            slopes = _Slopes(*(slope[:, layers] for slope in slopes))
-            cell = cell[:, layers]
+            slopes = _Slopes(*(_picked(slope, layers, 1) for slope in slopes))
+            cell = _picked(cell, layers, 1)
         early, late = slopes.gates.unflatten(2, (4, -1)).split((3, 1), 2)
         rows = zip(
             (read.unbind() for read in at.reads),
@@ -444,6 +447,13 @@ class _Stack:
         z = self.matrix.new_zeros(pairs, gates, self.rows)
         early, late = z.unflatten(1, (4, -1)).split((3, 1), 1)
         return hidden, z, early, late.squeeze(1)
+
+
+def _picked(tensor: Tensor, places: Sequence[int], dim: int) -> Tensor:
+    """Copies, without an index that would have to be copied to the device."""
+    if not places:
+        return tensor.narrow(dim, 0, 0).clone()
+    return torch.stack([tensor.select(dim, place) for place in places], dim)
 
 
 def _neighbours(states: Tensor) -> Tensor:

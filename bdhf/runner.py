@@ -97,7 +97,7 @@ def run(
         return done
     if folder.held():
         return elsewhere
-    use_machine(config.threads)
+    use_machine(config.threads, config.tf32)
     check_against_data(config)
     _check_network(experiment, config)
     images = load(config.data.name, config.data.root, config.data.validation_rows)
@@ -178,6 +178,8 @@ def set_up(experiment: Experiment, config: Config, images: Images) -> Training:
     )
     problem = Problem(model, experiment.criterion, train, test, experiment.accuracy)
     blocks, optimizer = config.optimizer.make(model, experiment.blocks)
+    if hasattr(optimizer, "cuda_graphs"):
+        optimizer.cuda_graphs = config.cuda_graphs
     sample = problem.train[0][:_COUNTED_ROWS], problem.train[1][:_COUNTED_ROWS]
     work = count_work(model, problem.criterion, sample, [block["params"] for block in blocks])
     sizes = Sizes(
@@ -234,11 +236,12 @@ def _report(saved: dict[str, Any] | None) -> StepReport | None:
 def _checkpoint(training: Training) -> dict[str, Any]:
     random_state = RandomState.capture(list(training.problem.model.parameters()))
     report = training.optimizer.last_step
+    progress = training.settle()
     return {
         "model": training.problem.model.state_dict(),
         "optimizer": training.optimizer.state_dict(),
         "averaged": None if training.averaged is None else training.averaged.state_dict(),
-        "progress": asdict(training.progress),
+        "progress": asdict(progress),
         "last_step": None if report is None else asdict(report),
         "random_state": random_state.cpu,
         "cuda_random_state": random_state.of_device,

@@ -24,8 +24,10 @@ from bdhf.machine import synchronize
 from bdhf.optimizer import StepReport
 from bdhf.work import Work
 
-#: Rows evaluated at once at most: enough to keep a GPU busy, few enough for any memory.
-_EVALUATION_ROWS = 2000
+#: Rows evaluated at once at most: enough to keep the device busy, few enough for its memory.
+_EVALUATION_ROWS = {"cpu": 2000, "cuda": 10_000}
+
+_CPU = torch.device("cpu")
 
 #: A training loss above this many times the initial one counts as divergence.
 DIVERGENCE_FACTOR = 10.0
@@ -163,7 +165,15 @@ class Training:
             return Outcome("diverged", progress.divergence)
         return Outcome("finished", f"{progress.update} updates")
 
+    def settle(self) -> Progress:
+        """Wait until the device has made the updates asked of it: that is part of their time."""
+        started = time.perf_counter()
+        synchronize(self.problem.train[0].device)
+        self.progress.seconds += time.perf_counter() - started
+        return self.progress
+
     def _add_row(self, on_row: Callable[[Row], None]) -> None:
+        self.settle()
         row = self.metrics()
         if self.progress.evaluated < 0:
             self.progress.initial_loss = float(row["train_loss"] or 0.0)
@@ -173,8 +183,8 @@ class Training:
 
     def evaluate(self, model: nn.Module, data: Data) -> tuple[float, float | None]:
         """Loss and accuracy, in pieces no larger than those of training."""
-        rows = min(_EVALUATION_ROWS, self.sizes.micro_batch or _EVALUATION_ROWS)
-        return evaluate(self.problem, model, data, rows)
+        rows = _EVALUATION_ROWS.get(data[0].device.type, _EVALUATION_ROWS["cpu"])
+        return evaluate(self.problem, model, data, min(rows, self.sizes.micro_batch or rows))
 
     def metrics(self) -> Row:
         """One row of metrics at the current weights; the README says what each one means."""
@@ -202,12 +212,16 @@ class Training:
         return row
 
     def update(self) -> None:
-        """Make one update; its time and work are added to `progress`."""
+        """Make one update; its work and its time until now are added to `progress`.
+
+        A GPU may be at work on it still (see `settle`).
+        """
         progress, sizes = self.progress, self.sizes
         started = time.perf_counter()
         inputs, targets = self.problem.train
-        rows = batch_indices(progress.update, sizes.batch_size, len(inputs), self.seed)
-        rows = rows.to(inputs.device)
+        rows = batch_indices(
+            progress.update, sizes.batch_size, len(inputs), self.seed, inputs.device
+        )
         batch = inputs[rows], targets[rows]
         few = sizes.curvature_batch_size
         # The first rows of the shuffled mini-batch, the same for HF and block-diagonal HF.
@@ -222,7 +236,6 @@ class Training:
         )
         if self.averaged is not None:
             self.averaged.update_parameters(self.problem.model)
-        synchronize(inputs.device)
         progress.seconds += time.perf_counter() - started
         assert self.optimizer.last_step is not None
         progress.update += 1
@@ -237,8 +250,8 @@ class Training:
             return data
         # Drawn at random: every second row of MNIST's training set is harder than the others.
         # The same for all runs, whatever their seed.
-        order = _permutation(len(inputs), "evaluation subset", 0)
-        rows = order[: self.sizes.evaluation_rows].to(inputs.device)
+        order = _permutation(len(inputs), "evaluation subset", 0, inputs.device)
+        rows = order[: self.sizes.evaluation_rows]
         return inputs[rows], targets[rows]
 
     def _divergence(self, row: Row) -> str | None:
@@ -288,15 +301,24 @@ def polyak_average(model: nn.Module) -> AveragedModel:
     start should be forgotten (ours; the paper says "Polyak averaging" and no more).
     """
 
-    def mixed(average: Tensor, weight: Tensor, count: Tensor | int) -> Tensor:
-        decay = min(POLYAK_DECAY, (1 + int(count)) / (10 + int(count)))
-        return torch.lerp(weight, average, decay)
+    def mix(averages: Any, weights: Any, _: Any) -> None:
+        # The average's own count is on the CPU, so that reading it waits for nothing.
+        count = int(average.n_averaged)
+        decay = min(POLYAK_DECAY, (1 + count) / (10 + count))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
-    return AveragedModel(model, avg_fn=mixed)
+    average = AveragedModel(model, multi_avg_fn=mix)
+    return average
 
 
-def batch_indices(update: int, batch_size: int, rows: int, seed: int) -> Tensor:
-    """The rows of mini-batch number ``update``: int64 (batch_size,).
+def batch_indices(
+    update: int,
+    batch_size: int,
+    rows: int,
+    seed: int,
+    device: torch.device = _CPU,
+) -> Tensor:
+    """The rows of mini-batch number ``update``: int64 (batch_size,) on ``device``.
 
     Epochs are shuffled one by one and read through without a gap, so a mini-batch may take the
     end of one epoch and the beginning of the next. A function of its arguments alone: resuming
@@ -307,7 +329,8 @@ def batch_indices(update: int, batch_size: int, rows: int, seed: int) -> Tensor:
     for epoch in range(start // rows, (start + batch_size - 1) // rows + 1):
         first = max(start - epoch * rows, 0)
         last = min(start + batch_size - epoch * rows, rows)
-        parts.append(_permutation(rows, f"order of epoch {epoch}", seed)[first:last])
+        order = _permutation(rows, f"order of epoch {epoch}", seed, device)
+        parts.append(order[first:last])
     return torch.cat(parts)
 
 
@@ -318,5 +341,6 @@ def stream_seed(name: str, seed: int) -> int:
 
 
 @functools.lru_cache(maxsize=4)  # a mini-batch needs its epoch's, and at most the next one's
-def _permutation(rows: int, name: str, seed: int) -> Tensor:
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(stream_seed(name, seed)))
+def _permutation(rows: int, name: str, seed: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(stream_seed(name, seed))
+    return torch.randperm(rows, generator=generator).to(device)

@@ -78,7 +78,9 @@ def test_start_outputs_and_gradients_are_the_networks(name: str, count: int) -> 
             flat(list(torch.autograd.grad(loss, parameters, allow_unused=True)), parameters)
         )
     assert gradients[0].norm() > 0
-    torch.testing.assert_close(gradients[1][random.model.order.argsort()], gradients[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        gradients[1][random.model.order.argsort()], gradients[0], rtol=1e-12, atol=0
+    )
 
 
 def numbered(*sizes: int) -> nn.Sequential:

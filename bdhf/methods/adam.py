@@ -34,4 +34,8 @@ class Adam(Method):
     def make(
         self, model: nn.Module, blocks: Callable[[Any], list[ParamGroup]]
     ) -> tuple[list[ParamGroup], StepOptimizer]:
-        return [], FirstOrder(torch.optim.Adam(model.parameters(), **self.keywords()))
+        parameters = list(model.parameters())
+        # On a GPU one kernel, and a count of steps there, so that a step can be recorded.
+        on_gpu = all(p.is_cuda for p in parameters)
+        ways: dict[str, Any] = {"fused": True, "capturable": True} if on_gpu else {}
+        return [], FirstOrder(torch.optim.Adam(parameters, **self.keywords(), **ways))

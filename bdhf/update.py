@@ -1,0 +1,206 @@
+"""One update of `BlockDiagonalHF`: gradient, curvature, and the blocks' systems."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bdhf.batches import Batch, Criterion
+from bdhf.cg import CGResult, Systems
+from bdhf.curvature import GaussNewton, flattened, unflattened
+from bdhf.functional import RandomState
+from bdhf.gradient import loss_and_gradient
+from bdhf.graphs import Fixed, Graphs, NoGraphError, kind_of
+from bdhf.linearization import Linearizer
+
+
+@dataclass
+class Update:
+    """The parts of an update; `begin` and `round` wait for nothing, and may be recorded.
+
+    Attributes:
+        model, criterion, micro_batch: as `BlockDiagonalHF.step` takes them.
+        batch: for the gradient; None: the gradients in ``p.grad`` are used.
+        curvature_batch: for curvature.
+        groups: settings of each block.
+        blocks: their parameters, trainable ones only.
+        state: of the optimizer, with the last solutions.
+        linearizer: keeps traces from one update to the next.
+    """
+
+    model: nn.Module
+    criterion: Criterion
+    batch: Batch | None
+    curvature_batch: Batch
+    groups: Sequence[dict[str, Any]]
+    blocks: list[list[nn.Parameter]]
+    state: MutableMapping[Tensor, Any]
+    micro_batch: int | None
+    linearizer: Linearizer
+
+    def __post_init__(self) -> None:
+        self.loss: Tensor | None = None
+        self.is_made = False  # but for the last step
+        self._draws = False  # whether the network drew random numbers
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Of all blocks."""
+        return [p for block in self.blocks for p in block]
+
+    def make(self) -> None:
+        """All but the last step, `finish`."""
+        self.begin()
+        self.systems.run(self.round)
+        self.is_made = True
+
+    def begin(self) -> None:
+        """Compute the gradient, linearise, and start the systems."""
+        random_state = RandomState.capture(self.parameters)
+        if self.batch is not None:
+            self.loss = loss_and_gradient(
+                self.model, self.criterion, self.batch, self.parameters, self.micro_batch
+            )
+            self._draws = not RandomState.capture(self.parameters).equals(random_state)
+        elif all(p.grad is None for p in self.parameters):
+            raise ValueError(
+                "batch=None uses the gradients in p.grad, and there are none; "
+                "call loss.backward() first, or pass a batch"
+            )
+        # Linearised from the same random state: on the same batch, gradient and curvature then
+        # see the same dropout masks.
+        self.matrix = GaussNewton(
+            self.model,
+            self.criterion,
+            self.curvature_batch,
+            self.blocks,
+            self.micro_batch,
+            random_state,
+            self.linearizer,
+        )
+        descents = [_flat_gradient(block).neg_() for block in self.blocks]
+        norms = torch._foreach_norm(descents)
+        self.gradient_norm = torch.linalg.vector_norm(
+            torch.stack([n.to(norms[0].device) for n in norms])
+        )
+        pairs = zip(self.groups, self.blocks, descents, strict=True)
+        self.systems = Systems(
+            descents,
+            [self._warm_start(group, block, descent) for group, block, descent in pairs],
+            max_iter=[group["cg_max_iter"] for group in self.groups],
+            tol=[group["cg_tol"] for group in self.groups],
+            damping=[group["damping"] for group in self.groups],
+        )
+        self.systems.start(self.matrix.products)
+
+    def round(self, active: list[int]) -> None:
+        """One CG iteration of the blocks that are ``active``."""
+        self.systems.round(self.matrix.products, active)
+
+    def finish(self) -> list[CGResult]:
+        """Step along the solutions, and keep them for the next warm start."""
+        results = self.systems.results()
+        for group, block, solved in zip(self.groups, self.blocks, results, strict=True):
+            changes = unflattened(solved.solution, block)
+            torch._foreach_add_(list[Tensor](block), changes, alpha=group["lr"])
+            for p, change in zip(block, changes, strict=True):
+                kept = self._last_solution(p)
+                if kept is None:
+                    self.state[p]["cg_solution"] = change.clone()
+                else:  # in place, where a recording looks for it
+                    kept.copy_(change)
+        return results
+
+    def _warm_start(
+        self, group: dict[str, Any], block: list[nn.Parameter], descent: Tensor
+    ) -> Tensor | None:
+        """The last solution times ``cg_momentum``; None where that is zero."""
+        last = [self._last_solution(p) for p in block]
+        if group["cg_momentum"] == 0 or all(solution is None for solution in last):
+            return None
+        pairs = zip(last, block, strict=True)
+        whole = [torch.zeros_like(p) if solution is None else solution for solution, p in pairs]
+        return flattened(whole, descent.dtype).mul_(group["cg_momentum"])
+
+    def _last_solution(self, parameter: nn.Parameter) -> Tensor | None:
+        return self.state.get(parameter, {}).get("cg_solution")
+
+    def check_recordable(self) -> None:
+        """Raise a `NoGraphError` where this update, now made, could not be replayed."""
+        if self.batch is None:
+            raise NoGraphError("gradients are found in p.grad, wherever that is")
+        if self.micro_batch is not None:
+            raise NoGraphError("batches are cut by micro_batch")
+        if self._draws:
+            raise NoGraphError("the network draws random numbers")
+        if self.matrix.path.startswith("autograd"):
+            raise NoGraphError("the network could not be traced")
+
+    def kind(self) -> Hashable:
+        """Updates of one kind can be one recording."""
+        last = [self._last_solution(p) for p in self.parameters]
+        settings = [
+            [value for name, value in group.items() if name not in ("params", "lr")]
+            for group in self.groups
+        ]
+        return kind_of(
+            self.model,
+            self.criterion,
+            (self.batch, self.curvature_batch),
+            [solution for solution in last if solution is not None],
+            [settings, [len(block) for block in self.blocks], self.micro_batch],
+        )
+
+
+class RecordedUpdate:
+    """Updates of one kind, on batches that are copied to where the recording has them."""
+
+    def __init__(self, update: Update) -> None:
+        self._whole = update.curvature_batch is update.batch
+        self._batches = Fixed(update.batch), Fixed(() if self._whole else update.curvature_batch)
+        self._update = Update(
+            update.model,
+            update.criterion,
+            self._batches[0].values,
+            self._batches[0 if self._whole else 1].values,
+            update.groups,
+            update.blocks,
+            update.state,
+            None,
+            update.linearizer,
+        )
+        self._graphs = Graphs(update.parameters[0].device)
+
+    def made(self, update: Update) -> Update:
+        """`Update.make`; what is returned can `finish`.
+
+        Raises:
+            NoGraphError: this cannot be recorded; the parameters are what they were.
+        """
+        self._batches[0].fill(update.batch)
+        if not self._whole:
+            self._batches[1].fill(update.curvature_batch)
+        recorded = self._update
+        self._graphs.do("begin", self._begin, at_once=True)
+        for parameter, gradient in zip(recorded.parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        recorded.systems.run(
+            lambda active: self._graphs.do(tuple(active), lambda: recorded.round(active))
+        )
+        return recorded
+
+    def _begin(self) -> None:
+        self._update.begin()
+        self._gradients = [p.grad for p in self._update.parameters]
+
+
+def _flat_gradient(block: list[nn.Parameter]) -> Tensor:
+    """The block's gradient as one vector, in single precision or wider."""
+    dtype = torch.float32
+    for p in block:
+        dtype = torch.promote_types(dtype, p.dtype)
+    return flattened([torch.zeros_like(p) if p.grad is None else p.grad for p in block], dtype)
