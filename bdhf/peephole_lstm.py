@@ -8,7 +8,8 @@ counts is the number of operations issued, not their arithmetic.
 `PeepholeLSTM.forward` is written for autograd. `PeepholeLSTM.linearize` brings the tangent and the
 adjoint map of the same wavefront by hand, several blocks side by side: the gates are saved once,
 and everything that the maps need of them is folded into coefficients, so that neither map takes
-another sigmoid or tanh.
+another sigmoid or tanh. On a GPU, where a launch counts, `bdhf.fused_lstm` does the same by a
+kernel a layer.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from bdhf import fused_lstm
+from bdhf.fused_lstm import FusedLSTM, Place
 from bdhf.graphs import recording
 from bdhf.linearization import Block, Linearizable, PerBlock
 
@@ -70,6 +73,8 @@ class PeepholeLSTM(Linearizable):
 
     def forward(self, sequences: Tensor) -> Tensor:
         """Outputs (batch, outputs) of sequences (batch, time, inputs)."""
+        if not torch.is_grad_enabled() and self._is_as_made() and self._is_fused(sequences):
+            return fused_lstm.outputs(list(self.layers), self.readout, sequences)
         weights, (rows, time, inputs) = _Weights.of(self.layers), sequences.shape
         layers, _, units, _ = weights.peepholes.shape
         width = weights.matrix.shape[2] // 2
@@ -84,32 +89,35 @@ class PeepholeLSTM(Linearizable):
             h, c = (_replaced(old, active, new) for old, new in zip((h, c), moved, strict=True))
         return self.readout(h[-1].T)
 
-    def linearize(self, blocks: Sequence[Block], sequences: Tensor) -> LinearizedLSTM | None:
+    def linearize(
+        self, blocks: Sequence[Block], sequences: Tensor
+    ) -> LinearizedLSTM | FusedLSTM | None:
         """The maps at the present parameters (see `bdhf.linearization.Linearizable`)."""
-        if type(self.readout) is not nn.Linear or self.readout.bias is None:
-            return None
-        if any(type(layer) is not PeepholeLayer for layer in self.layers):
+        if not self._is_as_made():
             return None
         places = {
-            parameter: _Place(depth, name)
+            parameter: Place(depth, name)
             for depth, layer in enumerate([*self.layers, self.readout])
             for name, parameter in layer.named_parameters()
         }
         if not all(parameter in places for block in blocks for parameter in block):
             return None
-        return LinearizedLSTM.of(
-            _Weights.of(self.layers).detached(),
-            self.readout,
-            sequences,
-            [[places[parameter] for parameter in block] for block in blocks],
-        )
+        named = [[places[parameter] for parameter in block] for block in blocks]
+        if self._is_fused(sequences):
+            return FusedLSTM.of(list(self.layers), self.readout, sequences, named)
+        weights = _Weights.of(self.layers).detached()
+        return LinearizedLSTM.of(weights, self.readout, sequences, named)
 
+    def _is_as_made(self) -> bool:
+        """Whether the modules are those that the constructor made."""
+        if type(self.readout) is not nn.Linear or self.readout.bias is None:
+            return False
+        return all(type(layer) is PeepholeLayer for layer in self.layers)
 
-class _Place(NamedTuple):
-    """Which parameter of which layer; the linear layer comes last."""
-
-    layer: int
-    name: str
+    def _is_fused(self, sequences: Tensor) -> bool:
+        """Whether kernels do the work, which know nothing of torch's tracing."""
+        plain = type(sequences) is Tensor and type(self.readout.weight) is nn.Parameter
+        return plain and fused_lstm.usable(sequences, self.readout.in_features)
 
 
 def _active(step: int, time: int) -> slice:
@@ -180,7 +188,7 @@ class LinearizedLSTM:
 
     outputs: Tensor
     readout: nn.Linear
-    blocks: list[list[_Place]]
+    blocks: list[list[Place]]
     layout: _Layout
     matrix: Tensor  # of `_Weights`
     reads: Tensor  # what the layers read: [x; h⁻; 1], filled up as in `_Weights`
@@ -195,7 +203,7 @@ class LinearizedLSTM:
         weights: _Weights,
         readout: nn.Linear,
         sequences: Tensor,
-        blocks: list[list[_Place]],
+        blocks: list[list[Place]],
     ) -> LinearizedLSTM:
         """Run the network forward and keep what the maps need."""
         matrix, bias, peepholes = weights
@@ -247,7 +255,7 @@ class LinearizedLSTM:
         given = {k: u[0] for k, u in enumerate(cotangents) if u is not None}
         drive = stack.adjoint({k: (u @ self.readout.weight).T for k, u in given.items()})
 
-        def of_parameter(k: int, place: _Place) -> Tensor:
+        def of_parameter(k: int, place: Place) -> Tensor:
             if place.layer < depth:
                 return self.layout.view(drive, stack.pairs[k, place.layer], place)
             return given[k].sum(0) if place.name == "bias" else given[k].T @ self.top
@@ -282,7 +290,7 @@ class _Layout(NamedTuple):
     units: int
     width: int
 
-    def view(self, drive: _Drive, pair: int, place: _Place) -> Tensor:
+    def view(self, drive: _Drive, pair: int, place: Place) -> Tensor:
         """A parameter's part, in its shape."""
         matrix = drive.matrices[pair]
         if place.name == "input_weight":

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from bdhf.batches import Batch, Criterion
@@ -60,12 +61,16 @@ def count_work(
 ) -> Work:
     """Count an update's parts on a small ``batch``; the model and random streams stay as is.
 
+    Counted on the CPU wherever the model is, since kernels of our own hide from torch's counter.
     Without blocks (a first-order method) there is nothing beside the gradient to count.
     """
     if not blocks:
         return Work(0.0, [])
     places = {p: k for k, p in enumerate(model.parameters())}
-    model = copy.deepcopy(model)  # a forward pass may move buffers
+    model = copy.deepcopy(model).cpu()  # a forward pass may move buffers
+    batch = tree_map_only(Tensor, Tensor.cpu, batch)
+    if isinstance(criterion, nn.Module):
+        criterion = copy.deepcopy(criterion).cpu()
     twins = list(model.parameters())
     blocks = [[twins[places[p]] for p in block] for block in blocks]
     parameters = [p for block in blocks for p in block]
