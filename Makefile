@@ -30,8 +30,8 @@ REPORT := $(RUN) scripts/report.py $(SCALE) --results $(RESULTS) \
 .DEFAULT_GOAL := help
 EXPERIMENTS := $(basename $(notdir $(wildcard experiments/*.py)))
 
-.PHONY: help setup demo test test-slow bench plan reproduce-all tune measure collect figures report
-.PHONY: clean wandb-sync wandb-dashboard
+.PHONY: help setup demo test test-slow bench bench-gpu plan reproduce-all tune measure bundle collect figures
+.PHONY: report clean wandb-sync wandb-dashboard
 .PHONY: $(addprefix reproduce-,$(EXPERIMENTS))
 
 help: ## list the targets
@@ -79,6 +79,9 @@ tune: $(READY) ## try other settings, one at a time, on a validation split (conf
 measure: $(READY) ## time updates and count CG iterations on finished runs; leave the machine alone
 	$(MEASURE)
 
+bundle: $(READY) ## one file with wheels, data and code, to make runs where there is no internet
+	$(RUN) scripts/bundle.py $(addprefix --python-version ,$(PYTHON_VERSION))
+
 collect: $(READY) ## merge run folders, also those in archives FROM=..., into results/SCALE
 	$(RUN) scripts/collect.py $(SCALE) --results $(RESULTS) $(if $(FROM),--from $(FROM))
 
@@ -112,6 +115,11 @@ bench: $(READY) ## what an update costs, beside the peers: benchmarks/results.md
 	  --editable '.[suite,bench]'
 	$(RUN) benchmarks/run.py --output benchmarks/results.md
 	$(RUN) benchmarks/growth.py
+
+bench-gpu: $(READY) ## the same on a GPU, at the paper's sizes: benchmarks/gpu.md
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --editable '.[suite,bench]'
+	$(RUN) benchmarks/gpu.py --output benchmarks/gpu.md
 
 clean: ## remove the virtual environment and caches (not results)
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -354,11 +354,8 @@ def first_line(error: BaseException) -> str:
 
 def _circumstances(device: str, command: str) -> dict[str, Any]:
     """What may matter for telling two sessions apart, and is nobody's setting."""
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", *_CODE)
     return {
-        "git_commit": commit,
-        "git_describe": _git("describe", "--always", "--tags"),
-        "git_dirty": None if changes is None else bool(changes),
+        **_version(),
         "command": command,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -366,6 +363,19 @@ def _circumstances(device: str, command: str) -> dict[str, Any]:
         "device": device,
         "processor": processor(),
         "threads": torch.get_num_threads(),
+    }
+
+
+def _version() -> dict[str, Any]:
+    """The commit of the code, and whether it was changed."""
+    packed = (Path(__file__).parent / "commit.txt").read_text().strip()
+    if not packed.startswith("$"):  # git writes it into archives of the repository
+        return {"git_commit": packed, "git_describe": packed[:7], "git_dirty": False}
+    changes = _git("status", "--porcelain", "--", *_CODE)
+    return {
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_describe": _git("describe", "--always", "--tags"),
+        "git_dirty": None if changes is None else bool(changes),
     }
 
 

@@ -30,6 +30,7 @@ class Problem:
     Attributes:
         plain: the same function as a user would write it, with the same parameters: what one
             gradient, the unit ``g``, is measured with.
+        curvature_rows: the first so many rows are the curvature mini-batch; None: all.
     """
 
     name: str
@@ -39,6 +40,11 @@ class Problem:
     inputs: Tensor
     targets: Tensor
     blocks: Blocks
+    curvature_rows: int | None = None
+
+    @property
+    def curvature_batch(self) -> tuple[Tensor, Tensor]:
+        return self.inputs[: self.curvature_rows], self.targets[: self.curvature_rows]
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bdhf import BlockDiagonalHF
 from bdhf.first_order import FirstOrder
 from bdhf.linearization import Linearizer
-from bdhf.machine import use_machine
+from bdhf.machine import synchronize, use_machine
 
 #: What each row should cost at most (ours), by problem.
 GOALS = {
@@ -49,6 +49,7 @@ GOALS = {
     "memory": dict.fromkeys(("autoencoder", "resnet", "lstm"), 2.0),
 }
 ITERATIONS = 30
+CPU = torch.device("cpu")
 Thunk = Callable[[], object]
 
 
@@ -63,7 +64,9 @@ def gradient(problem: Problem) -> Thunk:
     return compute
 
 
-def update(problem: Problem, blocks: Blocks, iterations: int = ITERATIONS) -> Thunk:
+def update(
+    problem: Problem, blocks: Blocks, iterations: int = ITERATIONS, cuda_graphs: bool = False
+) -> Thunk:
     """An update of so many CG iterations, gradient and curvature on the same mini-batch.
 
     Neither tolerance nor momentum, so that there are as many products whatever the numbers; a
@@ -76,10 +79,12 @@ def update(problem: Problem, blocks: Blocks, iterations: int = ITERATIONS) -> Th
         cg_max_iter=iterations,
         cg_tol=0.0,
         cg_momentum=0.0,
+        cuda_graphs=cuda_graphs,
     )
+    batch = problem.inputs, problem.targets
 
     def step() -> None:
-        opt.step(problem.model, problem.criterion, (problem.inputs, problem.targets))
+        opt.step(problem.model, problem.criterion, batch, curvature_batch=problem.curvature_batch)
         assert opt.last_step is not None
         made = {block.iterations for block in opt.last_step.blocks}
         assert made == {iterations}, opt.last_step
@@ -140,16 +145,21 @@ def measure(problem: Problem, rounds: int) -> dict[str, list[float]]:
     return in_turn(rows(problem), rounds)
 
 
-def in_turn(timed: dict[str, Thunk], rounds: int) -> dict[str, list[float]]:
+def in_turn(
+    timed: dict[str, Thunk], rounds: int, warm_up: int = 1, device: torch.device = CPU
+) -> dict[str, list[float]]:
     """Seconds of each thunk in each round; in a round all are called in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for row in timed.values():
-        row()  # traces, and first touches of memory
+        for _ in range(warm_up):
+            row()  # traces, and first touches of memory
     gc.disable()
     for _ in range(rounds):
         for name, row in timed.items():
+            synchronize(device)
             started = time.perf_counter()
             row()
+            synchronize(device)
             seconds[name].append(time.perf_counter() - started)
     gc.enable()
     return seconds

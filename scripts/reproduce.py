@@ -10,12 +10,12 @@ command resumes. --plan shows what is done and left, and how long the rest will 
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import sys
 from pathlib import Path
 
 from collect import merge
-from figures import draw
 
 from bdhf.experiment import experiment_names
 from bdhf.report.table import TableError
@@ -45,6 +45,11 @@ def collect_and_draw(results: Path, scale: str) -> None:
     """What `make collect figures` does, once there is something."""
     try:
         if merge(results, scale):
+            if importlib.util.find_spec("matplotlib") is None:  # on a machine that makes runs only
+                print("no figures: matplotlib is not installed")
+                return
+            from figures import draw
+
             draw(results, scale)
     except TableError as error:  # the runs are there; the tables are another matter
         print(f"error: {error}", file=sys.stderr)

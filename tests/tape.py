@@ -86,4 +86,5 @@ class _Tape(TorchDispatchMode):
                 new = [x for x in tree_leaves(found) if isinstance(x, Tensor)]
                 for result, value in zip(results, new, strict=True):
                     if result is not None:
-                        result.copy_(value)
+                        with torch.autograd._unsafe_preserve_version_counter(result):
+                            result.copy_(value)  # a graph's memory has no versions either

@@ -30,6 +30,7 @@ NETWORKS = (
     "frozen parameters",
     "parameters in no block",
     "batch norm",
+    "convex loss of one's own",
 )
 
 
