@@ -5,7 +5,8 @@ SEEDS  ?=
 RESULTS ?= results
 # Runs made at once, each on one thread: two such processes do more than one with two threads.
 CORES  := $(shell nproc 2>/dev/null || echo 1)
-JOBS   ?= $(shell command -v nvidia-smi >/dev/null && echo 1 || echo $(CORES) 8 | xargs -n1 | sort -n | head -1)
+FEW    := $(shell echo $(CORES) 8 | xargs -n1 | sort -n | head -1)
+JOBS   ?= $(shell command -v nvidia-smi >/dev/null && echo 1 || echo $(FEW))
 PYTHON ?= python3
 VENV   ?= .venv
 
@@ -105,7 +106,7 @@ test: $(READY) ## style, types and tests; minutes
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses $(FEW) --dist worksteal
 
 test-slow: $(READY) ## the tests that take minutes each, on real data where BDHF_DATA has it
 	$(RUN) -m pytest -m slow
