@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 
 import torch
@@ -32,6 +33,13 @@ def use_machine(threads: int | None, tf32: bool | None = None) -> None:
             libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
             libc.mallopt(_TOP_PAD, 2**28)
             libc.mallopt(_MMAP_MAX, 0)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back a GPU's memory that nothing refers to any more."""
+    if device.type == "cuda":
+        gc.collect()  # recordings and their updates refer to each other
+        torch.cuda.empty_cache()
 
 
 def synchronize(device: torch.device) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gc
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from bdhf.data import Images, load, stand_in
 from bdhf.errors import require
 from bdhf.experiment import Experiment
 from bdhf.functional import RandomState
-from bdhf.machine import use_machine
+from bdhf.machine import release_memory, use_machine
 from bdhf.optimizer import BlockStep, StepReport
 from bdhf.progress import ProgressDisplay, say
 from bdhf.record import RunFolder, sizes_in_short
@@ -70,6 +69,7 @@ def run(
     command: str = "",
     shown: bool = True,
     label: str | None = None,
+    load_images: Callable[[str, str, int | None], Images] | None = None,
 ) -> Ended:
     """Make one run, or continue it, or find that it is finished.
 
@@ -80,6 +80,7 @@ def run(
         command: what the user typed, for the run's provenance.
         shown: whether its progress is displayed.
         label: the run in a few words, for that display; None: its `title`.
+        load_images: stands in for `bdhf.data.load`, for a process that makes several runs.
 
     Raises:
         DataError: the data set is missing or corrupt.
@@ -100,7 +101,7 @@ def run(
     use_machine(config.threads, config.tf32)
     check_against_data(config)
     _check_network(experiment, config)
-    images = load(config.data.name, config.data.root, config.data.validation_rows)
+    images = (load_images or load)(config.data.name, config.data.root, config.data.validation_rows)
     # From here on, after all that may be refused, something is written.
     with contextlib.ExitStack() as stack:
         if not stack.enter_context(folder.held_alone()):
@@ -110,7 +111,9 @@ def run(
         if stopping is None:
             stopping = stack.enter_context(Stopping(config.time_limit))
         display = functools.partial(ProgressDisplay, label or title(config), shown=shown)
-        return _make(experiment, config, images, folder, stopping, command, display)
+        ended = _make(experiment, config, images, folder, stopping, command, display)
+    release_memory(device_of(config))  # for the next run of this process
+    return ended
 
 
 def _done_before(folder: RunFolder, config: Config) -> Ended | None:
@@ -151,8 +154,7 @@ def _make(
                 f"micro_batch={config.micro_batch}, with equal results"
             )
             del training  # the only reference to what fills the memory
-            gc.collect()
-            torch.cuda.empty_cache()
+            release_memory(device_of(config))
             training = set_up(experiment, config, images)
         _close(folder, training, outcome, config)
     reason = outcome.reason

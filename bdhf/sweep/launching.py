@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
@@ -18,7 +19,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from bdhf.config import checked
-from bdhf.data import DataError
+from bdhf.data import DataError, load
 from bdhf.errors import ConfigError
 from bdhf.experiment import EXPERIMENTS, find_experiment
 from bdhf.progress import say
@@ -26,6 +27,9 @@ from bdhf.record import RunFolder, first_line
 from bdhf.runner import run as make_run
 from bdhf.stopping import Stopping
 from bdhf.sweep.grid import Grid, GridRun
+
+#: A process makes many runs, most on the same data as the one before.
+_loaded = functools.lru_cache(maxsize=1)(load)
 
 #: Seconds between two looks at runs that other processes are at work on.
 _PAUSE = 1.0
@@ -173,7 +177,9 @@ class _Task:
             experiment = find_experiment(config.experiment)
             orders = self.orders
             label = orders.labels.get(RunFolder(config).path)
-            ended = make_run(experiment, config, stopping, orders.command, orders.shown, label)
+            ended = make_run(
+                experiment, config, stopping, orders.command, orders.shown, label, _loaded
+            )
             if orders.shown:
                 say(str(ended))
         except (ConfigError, DataError) as error:
