@@ -106,7 +106,7 @@ test: $(READY) ## style, types and tests; minutes
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest --numprocesses $(FEW) --dist worksteal
+	$(RUN) -m pytest --numprocesses $(FEW) --dist loadfile
 
 test-slow: $(READY) ## the tests that take minutes each, on real data where BDHF_DATA has it
 	$(RUN) -m pytest -m slow
