@@ -13,7 +13,20 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from bdhf.record import ENDED, alone_with, read_metrics, read_provenance
+from bdhf.record import (
+    ENDED,
+    alone_with,
+    read_metrics,
+    read_provenance,
+    read_table,
+    write_table,
+)
+
+#: Tables that `scripts/measure.py` writes, and what tells their rows apart.
+MEASURED = {
+    "update_times.csv": ("experiment", "seed"),
+    "cg_solves.csv": ("experiment", "seed", "state"),
+}
 
 
 class ArchiveError(ValueError):
@@ -48,7 +61,8 @@ def bring_in(source: Path, results: Path) -> list[str]:
                 f"{source}: no run in it; expected <scale>/<experiment>/<run>/provenance.json, as "
                 "in an archive of results/runs"
             )
-        return [_take(run, runs, Path(scratch)) for run in found]
+        said = [_take(run, runs, Path(scratch)) for run in found]
+        return said + [line for table in MEASURED for line in _take_tables(folder, table, results)]
 
 
 @contextmanager
@@ -88,6 +102,22 @@ def _take(theirs: Path, runs: Path, scratch: Path) -> str:
             os.replace(ours, scratch / f"replaced-{name}")
         os.replace(copy, ours)
     return f"{name}: brought in, {_how_far(ours)[0]} updates"
+
+
+def _take_tables(folder: Path, name: str, results: Path) -> list[str]:
+    """What was measured on runs there; what was measured here stays."""
+    said = []
+    for path in sorted(folder.rglob(name)):
+        keys = MEASURED[name]
+        target = results / path.parent.name / name
+        ours = read_table(target) if target.exists() else []
+        known = {tuple(row[key] for key in keys) for row in ours}
+        new = [row for row in read_table(path) if tuple(row[key] for key in keys) not in known]
+        if new:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_table(target, [*ours, *new])
+            said.append(f"{target}: {len(new)} rows brought in")
+    return said
 
 
 def _how_far(folder: Path) -> tuple[int, bool]:

@@ -147,6 +147,9 @@ def conjugate_gradient(
     return systems.results()
 
 
+#: Rounds between two looks at which systems have stopped, by device.
+CHECK_EVERY = {"cpu": 1, "cuda": 8}
+
 _REASONS: tuple[StopReason, ...] = get_args(StopReason)
 _RUNNING, _CONVERGED, _PROGRESS, _CAP, _NEGATIVE, _NOT_FINITE = range(-1, len(_REASONS))
 
@@ -184,7 +187,7 @@ class Systems:
         self._rows = rows = [_System(*row) for row in zip(*columns, strict=True)]
         self._device = rows[0].b.device
         if check_every is None:
-            check_every = 1 if self._device.type == "cpu" else 8
+            check_every = CHECK_EVERY.get(self._device.type, 1)
         if check_every < 1:
             raise ValueError(f"check_every={check_every}; must be 1 or more, or None")
         self._check_every = check_every
@@ -217,7 +220,7 @@ class Systems:
         self._p = [r.clone() for r in self._r]
         self._pp = self._rr.clone()
         self._stiffest = torch.zeros_like(self._rr)  # the largest pᵀAp / pᵀp so far
-        self._damping = self._row([s.damping for s in rows], self._dtype)
+        self._floor = self._row([0.5 * s.damping for s in rows], self._dtype)
         epsilon = [torch.finfo(s.b.dtype).eps for s in rows]
         # Below this, relative to the largest, curvature is the rounding of a singular matrix,
         # and a step along it would be arbitrarily long.
@@ -238,6 +241,7 @@ class Systems:
         )
         self._values[0] = self._value
         self._judge()
+        self._halt(range(len(rows)))
 
     @torch.no_grad()
     def round(self, matvec: BlockMatvec, active: Sequence[int]) -> None:
@@ -249,11 +253,11 @@ class Systems:
         # Damping is a floor under the curvature; unless it is lost in rounding itself, half of it
         # is enough.
         bound = self._curvature_bound * self._stiffest
-        bound = torch.where(self._damping > 0.01 * bound, 0.5 * self._damping, bound)
+        bound = torch.where(self._floor > 0.005 * bound, self._floor, bound)
         length = self._rr / curvature
         # The fall of the quadratic over an exact step; sums of falls lose no digits, whereas
         # -½ xᵀ(b + r) would cost two more passes over the vectors.
-        value = self._value - 0.5 * length * self._rr
+        value = torch.addcmul(self._value, length, self._rr, value=-0.5)
         finite = curvature.isfinite() & ((curvature <= 0) | value.isfinite())
         usable = running & finite & (curvature > bound * self._pp)
         length = length.masked_fill(~usable, 0)
@@ -272,10 +276,18 @@ class Systems:
         place = (self._iteration % len(self._values)).view(1)
         self._values.index_copy_(0, place, self._value.double().unsqueeze(0))
         self._judge(running & ~usable, finite)
-        stopped = self._code != _RUNNING
         for k in active:
             torch.addcmul(self._r[k], self._p[k], momentum[k].to(self._p[k]), out=self._p[k])
-            if self._check_every > 1:  # no further step then, also where this one is not finite
+        self._halt(active)
+
+    def _halt(self, systems: Sequence[int]) -> None:
+        """No further step in those that have stopped, also where numbers are not finite.
+
+        Needed only where nobody looks before the next round.
+        """
+        if self._check_every > 1:
+            stopped = self._code != _RUNNING
+            for k in systems:
                 self._p[k].masked_fill_(stopped[k].to(self._p[k].device), 0)
 
     def _judge(self, refused: Tensor | None = None, finite: Tensor | None = None) -> None:

@@ -158,6 +158,7 @@ def checked(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error)) from error
     _refuse_unknown(composed, config)
+    config.tf32 = config.tf32 or None  # the same, and so the same hash
     config.optimizer.check()
     _check_sizes(config)
     _check_machine(config)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from bdhf import graphs
 from bdhf.batches import Batch, Criterion
-from bdhf.functional import RandomState
+from bdhf.functional import RandomState, other_generators
 from bdhf.gradient import loss_and_gradient
 from bdhf.graphs import Fixed, Graphs, NoGraphError, Recordings, kind_of
 from bdhf.optimizer import StepReport
@@ -40,6 +40,8 @@ class FirstOrder:
 
     def __init__(self, optimizer: Optimizer, *, cuda_graphs: bool = False) -> None:
         self.optimizer = optimizer
+        # Torch warns of steps that could be captured and are not, as our first ones are not.
+        optimizer._warned_capturable_if_run_uncaptured = True
         self.cuda_graphs = cuda_graphs
         self.last_step: StepReport | None = None
         self._recordings: Recordings[_RecordedStep] = Recordings()
@@ -85,32 +87,61 @@ class FirstOrder:
             self.optimizer.step()
             return loss, norm
 
-        if self.cuda_graphs and graphs.available(parameters[0].device):
-            settings = [{**group, "params": len(group["params"])} for group in self.param_groups]
-            kind = kind_of(model, criterion, batch, [], [settings, micro_batch])
-            loss, norm, path = self._replayed(kind, make, batch, parameters)
+        device = parameters[0].device
+        if self.cuda_graphs and graphs.available(device):
+            groups = [{**group, "params": len(group["params"])} for group in self.param_groups]
+            settings = [groups, self._state(), micro_batch]
+            loss, norm, path = self._replayed(model, criterion, settings, make, batch, parameters)
         else:
             loss, norm = make(batch)
             path = "gradient"
         self.last_step = StepReport([], norm, path)
         return loss
 
+    def _state(self) -> list[Any]:
+        """What the optimizer keeps of each parameter."""
+        return [value for kept in self.optimizer.state.values() for value in kept.values()]
+
     def _replayed(
-        self, kind: Hashable, make: _Make, batch: Batch, parameters: list[nn.Parameter]
+        self,
+        model: nn.Module,
+        criterion: Criterion,
+        settings: list[Any],
+        make: _Make,
+        batch: Batch,
+        parameters: list[nn.Parameter],
     ) -> tuple[Tensor, Tensor, str]:
         """``make(batch)``, replayed where that is possible, and the path."""
+        kind: Hashable = None
+        made: tuple[Tensor, Tensor] | None = None
         try:
+            kind = kind_of(model, criterion, batch, [], settings)
             recorded = self._recordings.find(kind, lambda: _RecordedStep(make, batch, parameters))
             if recorded is not None:
                 return *recorded(batch), "gradient, replayed"
+            random_state, others = RandomState.capture(parameters), other_generators()
+            waits: list[str] = []
+            with graphs.watched(parameters[0].device, waits):
+                made = make(batch)
+            same = RandomState.capture(parameters).equals(random_state)
+            if not same or other_generators() != others:
+                raise NoGraphError("the network draws random numbers")
+            if not all(self._is_there(value, parameters) for value in self._state()):
+                raise NoGraphError("the optimizer keeps numbers elsewhere than on the GPU")
+            if waits:
+                raise NoGraphError(waits[0])
+            return *made, "gradient"
         except NoGraphError as error:
-            self._recordings.give_up(kind, error)
-            return *make(batch), f"gradient, not replayed: {error}"
-        before = RandomState.capture(parameters)
-        made = make(batch)
-        if not RandomState.capture(parameters).equals(before):
-            self._recordings.give_up(kind, NoGraphError("the network draws random numbers"))
-        return *made, "gradient"
+            why = str(error)
+            self._recordings.give_up(kind, why)
+        return *(made or make(batch)), f"gradient, not replayed: {why}"
+
+    @staticmethod
+    def _is_there(value: Any, parameters: list[nn.Parameter]) -> bool:
+        """Whether a replay moves it on."""
+        if value is None:
+            return True
+        return isinstance(value, Tensor) and any(value.device == p.device for p in parameters)
 
 
 class _RecordedStep:

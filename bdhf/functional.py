@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,3 +118,19 @@ class RandomState:
             if self.of_device is not None:
                 torch.cuda.set_rng_state(self.of_device, self.device)
             yield
+
+
+def other_generators() -> tuple[Any, Any]:
+    """The state of Python's and NumPy's random generators."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return random.getstate(), None
+    name, keys, *rest = numpy.random.get_state()
+    return random.getstate(), (name, tuple(keys), *rest)
+
+
+def restore_other_generators(state: tuple[Any, Any]) -> None:
+    """Set them to what `other_generators` returned."""
+    random.setstate(state[0])
+    if state[1] is not None:
+        sys.modules["numpy"].random.set_state(state[1])

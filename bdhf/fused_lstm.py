@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,19 +19,37 @@ from torch import Tensor, nn
 
 from bdhf.linearization import PerBlock
 
-#: Units whose states and weights a program of a kernel can hold.
-_MOST_UNITS = 64
+#: Units whose states and weights a program of a kernel holds in the shared memory of any GPU that
+#: Triton supports.
+_MOST_UNITS = 32
 
 
 def usable(sequences: Tensor, units: int) -> bool:
-    """Whether the kernels take these: single precision on a GPU for which Triton is installed."""
+    """Whether the kernels take these: single precision, on a GPU where Triton works."""
     fitting = sequences.dtype == torch.float32 and units <= _MOST_UNITS
-    return sequences.is_cuda and fitting and _triton_is_installed()
+    return sequences.is_cuda and fitting and _works(sequences.device, units)
 
 
 @functools.cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _works(device: torch.device, units: int) -> bool:
+    """Whether the kernels run there, tried once: Triton needs a C compiler, and memory enough."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    gates = torch.zeros(1, 2, 4 * units, 3, device=device)
+    weights, peepholes = gates.new_zeros(4 * units, units), gates.new_zeros(1, 3, units)
+    try:
+        kernels = _kernels()
+        _, cell, *slopes = kernels.forward(gates[0], weights, peepholes[0], True)
+        hidden = kernels.tangent(gates, weights, peepholes, cell, tuple(slopes))
+        kernels.adjoint(hidden, weights, tuple(slopes))
+    except Exception as error:  # whatever a compiler says
+        warnings.warn(
+            f"the LSTM's kernels do not run on {device}: {error}\nIt is computed by torch's "
+            "operations instead, with the same results but slower.",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def _kernels() -> Any:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import copy
 import enum
-import random
-import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,7 +27,13 @@ from torch.utils._pytree import (
 
 from bdhf import tracing
 from bdhf.batches import call_arguments
-from bdhf.functional import RandomState, call, widened
+from bdhf.functional import (
+    RandomState,
+    call,
+    other_generators,
+    restore_other_generators,
+    widened,
+)
 from bdhf.output_hessian import differentiable_leaves
 from bdhf.structure import NoStructureError, attributes, points_of, structure_of
 
@@ -290,7 +294,7 @@ def _traced(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> _TracedNe
         return floating, others
 
     state = RandomState.capture(list(model.parameters()))
-    drawn = _other_generators()
+    drawn = other_generators()
     twin: nn.Module | None = None
     try:
         # What forward passes may leave in modules stays in a twin, which shares all tensors.
@@ -314,9 +318,9 @@ def _traced(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> _TracedNe
         found = _reason(error)
     if twin is not None and attributes(twin, places) != untouched:
         found = "its forward pass changes attributes of its modules"
-    if _other_generators() != drawn:
+    if other_generators() != drawn:
         found = "it draws from Python's or NumPy's random generator"
-    _restore_other_generators(drawn)
+    restore_other_generators(drawn)
     return found
 
 
@@ -338,20 +342,6 @@ def _standing_alone(tensor: Tensor) -> Tensor:
     if tensor.untyped_storage().nbytes() == needed or 0 in tensor.stride():
         return tensor
     return tracing.strided_copy(tensor, tensor.stride())
-
-
-def _other_generators() -> tuple[Any, Any]:
-    numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return random.getstate(), None
-    name, keys, *rest = numpy.random.get_state()
-    return random.getstate(), (name, tuple(keys), *rest)
-
-
-def _restore_other_generators(state: tuple[Any, Any]) -> None:
-    random.setstate(state[0])
-    if state[1] is not None:
-        sys.modules["numpy"].random.set_state(state[1])
 
 
 def _compare(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,8 +187,10 @@ class BlockDiagonalHF(Optimizer):
         if batch is not None:
             batch = checked_batch(batch, "batch")
         if curvature_batch is None:
+            assert batch is not None
             curvature_batch = batch
-        curvature_batch = checked_batch(curvature_batch, "curvature_batch")
+        else:
+            curvature_batch = checked_batch(curvature_batch, "curvature_batch")
         groups, blocks = self._trainable_blocks(model)
         update = Update(
             model,
@@ -215,23 +217,27 @@ class BlockDiagonalHF(Optimizer):
 
     def _made(self, update: Update) -> tuple[Update, str]:
         """The update but for its last step, replayed where that is possible, and its path."""
-        if not (self.cuda_graphs and graphs.available(update.parameters[0].device)):
+        device = update.parameters[0].device
+        if not (self.cuda_graphs and graphs.available(device)):
             update.make()
             return update, update.matrix.path
-        kind = update.kind()
+        kind: Hashable = None
         try:
+            kind = update.kind()
             recorded = self._recordings.find(kind, lambda: RecordedUpdate(update))
             if recorded is not None:
-                update = recorded.made(update)
-                return update, f"{update.matrix.path}, replayed"
-            update.make()
-            update.check_recordable()
+                made = recorded.made(update)
+                if recorded.trouble is not None:
+                    self._recordings.give_up(kind, recorded.trouble)
+                return made, f"{made.matrix.path}, replayed"
+            update.make_watched()
             return update, update.matrix.path
         except NoGraphError as error:
-            self._recordings.give_up(kind, error)
-            if not update.is_made:
-                update.make()
-            return update, f"{update.matrix.path}, not replayed: {error}"
+            why = str(error)
+            self._recordings.give_up(kind, why)
+        if not update.is_made:
+            update.make()
+        return update, f"{update.matrix.path}, not replayed: {why}"
 
     def _trainable_blocks(
         self, model: nn.Module

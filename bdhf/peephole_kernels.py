@@ -9,6 +9,7 @@ blocks go side by side; gates are in the order input, forget, cell, output.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,23 +41,24 @@ def forward(
     kept = steps if slopes else 0
     by_gates = drive.new_empty(kept, gates, rows)
     by_cell, to_hidden = (drive.new_empty(kept, units, rows) for _ in range(2))
-    _forward[_grid(rows, 1)](
-        drive,
-        recurrent,
-        peepholes,
-        hidden,
-        cell,
-        by_gates,
-        by_cell,
-        to_hidden,
-        steps,
-        rows,
-        units,
-        _padded(units),
-        _TILE,
-        slopes,
-        num_warps=_WARPS,
-    )
+    with torch.cuda.device_of(drive):  # where Triton launches
+        _forward[_grid(rows, 1)](
+            drive,
+            recurrent,
+            peepholes,
+            hidden,
+            cell,
+            by_gates,
+            by_cell,
+            to_hidden,
+            steps,
+            rows,
+            units,
+            _padded(units),
+            _TILE,
+            slopes,
+            num_warps=_WARPS,
+        )
     return hidden, cell, by_gates, by_cell, to_hidden
 
 
@@ -78,20 +80,21 @@ def tangent(
     pairs, steps, gates, rows = drive.shape
     units = gates // 4
     moved = drive.new_empty(pairs, steps, units, rows)
-    _tangent[_grid(rows, pairs)](
-        drive,
-        recurrent,
-        peepholes,
-        cell,
-        *slopes,
-        moved,
-        steps,
-        rows,
-        units,
-        _padded(units),
-        _TILE,
-        num_warps=_WARPS,
-    )
+    with torch.cuda.device_of(drive):  # where Triton launches
+        _tangent[_grid(rows, pairs)](
+            drive,
+            recurrent,
+            peepholes,
+            cell,
+            *slopes,
+            moved,
+            steps,
+            rows,
+            units,
+            _padded(units),
+            _TILE,
+            num_warps=_WARPS,
+        )
     return moved
 
 
@@ -104,18 +107,19 @@ def adjoint(cotangents: Tensor, recurrent: Tensor, slopes: tuple[Tensor, Tensor,
     """
     pairs, steps, units, rows = cotangents.shape
     found = cotangents.new_empty(pairs, steps, 4 * units, rows)
-    _adjoint[_grid(rows, pairs)](
-        cotangents,
-        recurrent,
-        *slopes,
-        found,
-        steps,
-        rows,
-        units,
-        _padded(units),
-        _TILE,
-        num_warps=_WARPS,
-    )
+    with torch.cuda.device_of(cotangents):  # where Triton launches
+        _adjoint[_grid(rows, pairs)](
+            cotangents,
+            recurrent,
+            *slopes,
+            found,
+            steps,
+            rows,
+            units,
+            _padded(units),
+            _TILE,
+            num_warps=_WARPS,
+        )
     return found
 
 
@@ -296,7 +300,8 @@ def _adjoint(
 ):
     at, there = _slab(rows, units, padded, tile)
     slab = units * rows
-    pair, last = tl.program_id(1).to(tl.int64), steps - 1
+    pair = tl.program_id(1).to(tl.int64)
+    last = pair * 0 + steps - 1  # as wide
     cotangents += (pair * steps + last) * slab
     found += (pair * steps + last) * 4 * slab
     by_gates += last * 4 * slab

@@ -170,6 +170,8 @@ def _smaller_piece(config: Config) -> int:
 def set_up(experiment: Experiment, config: Config, images: Images) -> Training:
     """Model, data and optimizer. Streams of their own keep weights and data order apart."""
     device = device_of(config)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.manual_seed(stream_seed("initialisation", config.seed))
     model = config.optimizer.prepare(experiment.network(config.network)).to(device)
     torch.manual_seed(stream_seed("training", config.seed))

@@ -36,7 +36,7 @@ Row = dict[str, float | int | None]
 Status = Literal["finished", "diverged", "stopped"]
 Accuracy = Callable[[Any, Tensor], Tensor]
 
-#: The averaged weights' decay is this, but less at first (see `polyak_average`).
+#: The averaged weights' decay is this, but less at first (see `move_average`).
 POLYAK_DECAY = 0.99
 
 
@@ -235,7 +235,7 @@ class Training:
             micro_batch=sizes.micro_batch,
         )
         if self.averaged is not None:
-            self.averaged.update_parameters(self.problem.model)
+            move_average(self.averaged, self.problem.model)
         progress.seconds += time.perf_counter() - started
         assert self.optimizer.last_step is not None
         progress.update += 1
@@ -295,20 +295,26 @@ def correct(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def polyak_average(model: nn.Module) -> AveragedModel:
-    """An exponential average of the weights, by torch's own `AveragedModel`.
+    """An exponential average of the weights, in torch's own `AveragedModel`; see `move_average`."""
+    return AveragedModel(model)
+
+
+@torch.no_grad()
+def move_average(average: AveragedModel, model: nn.Module) -> None:
+    """Take the model's weights into the average.
 
     After t updates the decay is ``min(0.99, (1 + t) / (10 + t))``: runs are short, and the
-    start should be forgotten (ours; the paper says "Polyak averaging" and no more).
+    start should be forgotten (ours; the paper says "Polyak averaging" and no more). The average's
+    own method would copy that number to a GPU each time, and wait.
     """
-
-    def mix(averages: Any, weights: Any, _: Any) -> None:
-        # The average's own count is on the CPU, so that reading it waits for nothing.
-        count = int(average.n_averaged)
-        decay = min(POLYAK_DECAY, (1 + count) / (10 + count))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-
-    average = AveragedModel(model, multi_avg_fn=mix)
-    return average
+    count = int(average.n_averaged)  # on the CPU
+    decay = min(POLYAK_DECAY, (1 + count) / (10 + count)) if count else 0.0
+    averages: list[Tensor] = list(average.module.parameters())
+    weights: list[Tensor] = [p.detach() for p in model.parameters()]
+    torch._foreach_lerp_(averages, weights, 1 - decay)
+    for own, buffer in zip(average.module.buffers(), model.buffers(), strict=True):
+        own.copy_(buffer)
+    average.n_averaged += 1
 
 
 def batch_indices(

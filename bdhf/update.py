@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from bdhf.batches import Batch, Criterion
 from bdhf.cg import CGResult, Systems
 from bdhf.curvature import GaussNewton, flattened, unflattened
-from bdhf.functional import RandomState
+from bdhf.functional import RandomState, other_generators
 from bdhf.gradient import loss_and_gradient
-from bdhf.graphs import Fixed, Graphs, NoGraphError, kind_of
+from bdhf.graphs import Fixed, Graphs, NoGraphError, kind_of, watched
 from bdhf.linearization import Linearizer
 
 
@@ -57,6 +57,26 @@ class Update:
         self.begin()
         self.systems.run(self.round)
         self.is_made = True
+
+    def make_watched(self) -> None:
+        """`make`; raises a `NoGraphError` afterwards where this could not be replayed."""
+        waits: list[str] = []
+        device = self.parameters[0].device
+        before = other_generators()
+
+        def watched_round(active: list[int]) -> None:
+            with watched(device, waits):
+                self.round(active)
+
+        with watched(device, waits):
+            self.begin()
+        self.systems.run(watched_round)
+        self.is_made = True
+        if other_generators() != before:
+            self._draws = True
+        self._check_recordable()
+        if waits:
+            raise NoGraphError(waits[0])
 
     def begin(self) -> None:
         """Compute the gradient, linearise, and start the systems."""
@@ -129,8 +149,7 @@ class Update:
     def _last_solution(self, parameter: nn.Parameter) -> Tensor | None:
         return self.state.get(parameter, {}).get("cg_solution")
 
-    def check_recordable(self) -> None:
-        """Raise a `NoGraphError` where this update, now made, could not be replayed."""
+    def _check_recordable(self) -> None:
         if self.batch is None:
             raise NoGraphError("gradients are found in p.grad, wherever that is")
         if self.micro_batch is not None:
@@ -152,14 +171,19 @@ class Update:
             self.criterion,
             (self.batch, self.curvature_batch),
             [solution for solution in last if solution is not None],
-            [settings, [len(block) for block in self.blocks], self.micro_batch],
+            [settings, [[p.data_ptr() for p in block] for block in self.blocks], self.micro_batch],
         )
 
 
 class RecordedUpdate:
-    """Updates of one kind, on batches that are copied to where the recording has them."""
+    """Updates of one kind, on batches that are copied to where the recording has them.
+
+    Attributes:
+        trouble: why it is of no use any more, if so.
+    """
 
     def __init__(self, update: Update) -> None:
+        self.trouble: str | None = None
         self._whole = update.curvature_batch is update.batch
         self._batches = Fixed(update.batch), Fixed(() if self._whole else update.curvature_batch)
         self._update = Update(
@@ -179,7 +203,7 @@ class RecordedUpdate:
         """`Update.make`; what is returned can `finish`.
 
         Raises:
-            NoGraphError: this cannot be recorded; the parameters are what they were.
+            NoGraphError: this cannot be recorded, and nothing was done.
         """
         self._batches[0].fill(update.batch)
         if not self._whole:
@@ -188,10 +212,17 @@ class RecordedUpdate:
         self._graphs.do("begin", self._begin, at_once=True)
         for parameter, gradient in zip(recorded.parameters, self._gradients, strict=True):
             parameter.grad = gradient
-        recorded.systems.run(
-            lambda active: self._graphs.do(tuple(active), lambda: recorded.round(active))
-        )
+        recorded.systems.run(self._round)
         return recorded
+
+    def _round(self, active: list[int]) -> None:
+        if self.trouble is None:
+            try:
+                self._graphs.do(tuple(active), lambda: self._update.round(active))
+                return
+            except NoGraphError as error:  # the beginning is done, so go on from there
+                self.trouble = str(error)
+        self._update.round(active)
 
     def _begin(self) -> None:
         self._update.begin()

@@ -64,7 +64,7 @@ def pack(output: Path, python_version: str, data: Path) -> None:
             kit.write(path, f"wheels/{path.name}", zipfile.ZIP_STORED)
     os.replace(temporary, output)
     if not files:
-        print(f"no data sets in {data}: scale=demo needs none; for others see BDHF_DATA")
+        print(f"no data sets in {data}: name their folder by BDHF_DATA")
     print(
         f"{output}: {output.stat().st_size / 2**20:.1f} MiB. There: python3 {output.name} all "
         "scale=paper time_limit=540"

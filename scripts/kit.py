@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,17 +42,22 @@ def main() -> int:
     parser.add_argument(
         "--from",
         dest="sources",
-        nargs="*",
+        action="append",
         default=[],
         type=Path,
         metavar="ARCHIVE",
-        help="runs of earlier slices to go on with",
+        help="runs of an earlier slice to go on with; may be given several times",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("bdhf-runs.tar.gz"), help="the archive of the runs"
     )
     parser.add_argument(
         "--measure", action="store_true", help="time updates afterwards (scripts/measure.py)"
+    )
+    parser.add_argument(
+        "--checkpoints",
+        action="store_true",
+        help="pack those of finished runs too: to measure them, or enlarge their budget, elsewhere",
     )
     given = parser.parse_intermixed_args()
     kit = unpacked(Path(sys.argv[0]), given.into)
@@ -60,13 +66,15 @@ def main() -> int:
     for source in given.sources:
         call = "import sys; from pathlib import Path; from bdhf.archive import bring_in; "
         call += "print('\\n'.join(bring_in(Path(sys.argv[1]), Path(sys.argv[2]))))"
-        run(kit, environment, ["-c", call, str(source.absolute()), str(results)])
+        if run(kit, environment, ["-c", call, str(source.absolute()), str(results)]):
+            sys.exit(f"error: {source} could not be read; nothing was run")
     arguments = [*given.arguments, f"results={results}"]
     status = run(kit, environment, ["scripts/reproduce.py", *arguments])
+    pack(results, given.output, given.checkpoints)
     if given.measure and status == 0:
         scale = next((a.split("=")[1] for a in arguments if a.startswith("scale=")), "laptop")
         run(kit, environment, ["scripts/measure.py", scale, "--results", str(results)])
-    pack(results, given.output)
+        pack(results, given.output, given.checkpoints)  # again, since that may take long
     return status
 
 
@@ -75,6 +83,8 @@ def unpacked(kit: Path, folder: Path) -> Path:
     folder = folder.absolute()
     stamp, digest = folder / "kit.sha256", hashlib.sha256(kit.read_bytes()).hexdigest()
     if not stamp.exists() or stamp.read_text() != digest:
+        for before in ("code", "site", "wheels", "data"):
+            shutil.rmtree(folder / before, ignore_errors=True)
         with zipfile.ZipFile(kit) as archive:
             archive.extractall(folder)
         stamp.write_text(digest)
@@ -85,7 +95,8 @@ def prepared(kit: Path) -> dict[str, str]:
     """The environment in which the suite runs, with what was missing installed in the kit."""
     wanted = json.loads((kit / "requirements.json").read_text())
     site = kit / "site"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (kit / "code", site)))}
+    paths = [str(kit / "code"), str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     if (kit / "data").is_dir():
         environment["BDHF_DATA"] = str(kit / "data")
     missing = [line for line in wanted if not is_met(line, site)]
@@ -97,7 +108,7 @@ def prepared(kit: Path) -> dict[str, str]:
         if done.returncode:
             sys.exit(
                 f"error: the kit's wheels do not fit Python {sys.version.split()[0]} here; make "
-                "bundle takes PYTHON_VERSION and PLATFORM"
+                "bundle takes PYTHON_VERSION (for Linux on x86-64)"
             )
     return environment
 
@@ -125,22 +136,24 @@ def run(kit: Path, environment: dict[str, str], arguments: list[str]) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def pack(results: Path, output: Path) -> None:
-    """An archive of the runs; checkpoints only of those that go on."""
+def pack(results: Path, output: Path, checkpoints: bool) -> None:
+    """An archive of the runs; without ``checkpoints``, those only of runs that go on."""
 
     def kept(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
         path = Path(member.name)
         if any(part.startswith(".") for part in path.parts):
             return None
         over = path.name == _CHECKPOINT and has_ended(results.parent / path.parent)
-        return None if over else member
+        return None if over and not checkpoints else member
 
     if not (results / "runs").is_dir():
         print("no runs to pack")
         return
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(output, "w:gz") as archive:
+    temporary = output.with_name(f"{output.name}.part")  # the archive there may be the only one
+    with tarfile.open(temporary, "w:gz") as archive:
         archive.add(results, "results", filter=kept)
+    os.replace(temporary, output)
     size = output.stat().st_size / 2**20
     print(f"{output}: {size:.1f} MiB; at home: make collect SCALE=... FROM={output.name}")
 

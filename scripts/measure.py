@@ -21,6 +21,7 @@ from hydra import initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from bdhf.archive import MEASURED
 from bdhf.config import Config
 from bdhf.data import DataError, load
 from bdhf.errors import ConfigError
@@ -87,8 +88,7 @@ def measure(arguments: argparse.Namespace) -> None:
         )
     use_machine(arguments.threads)
     folder = arguments.results / arguments.scale
-    times = Table(folder / "update_times.csv", ("experiment", "seed"))
-    solves = Table(folder / "cg_solves.csv", ("experiment", "seed", "state"))
+    times, solves = (Table(folder / name, keys) for name, keys in MEASURED.items())
     for (name, seed), configs in found.items():
         if (name, seed) not in ended:
             print(f"left out: {name} seed {seed}: neither HF nor block-diagonal HF has finished")

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 _READS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "item")
 
 
-def record(work: Callable[[], None], pool: Any) -> Callable[[], None]:
+def record(work: Callable[[], None], pool: Any, device: torch.device) -> Callable[[], None]:
     """Stands in for `bdhf.graphs.record`."""
     tape = _Tape()
     try:

@@ -149,16 +149,17 @@ for name in ("_forward", "_tangent", "_adjoint"):
     )
     target = GPUTarget("cuda", capability, 32)
     made = triton.compile(source, target=target, options={"num_warps": kernels._WARPS})
-    print(name, len(made.asm["cubin"]) > 1000, "tf32" in made.asm["ptx"])
+    shared = made.metadata.shared <= 99 * 1024  # what any GPU since Ampere has
+    print(name, len(made.asm["cubin"]) > 1000, "tf32" in made.asm["ptx"], shared)
 """
 
 
-@pytest.mark.parametrize(("units", "capability"), [(10, 80), (10, 90), (64, 90)])
+@pytest.mark.parametrize(("units", "capability"), [(10, 80), (10, 90), (32, 80)])
 def test_kernels_compile_for_gpus(units: int, capability: int, tmp_path: Path) -> None:
     """Down to machine code, in full precision, by Triton's own assembler, which needs no GPU."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     arguments = [sys.executable, "-c", COMPILE, str(units), str(capability)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-    expected = [f"{name} True False" for name in ("_forward", "_tangent", "_adjoint")]
+    expected = [f"{name} True False True" for name in ("_forward", "_tangent", "_adjoint")]
     assert done.stdout.splitlines() == expected, done.stderr

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import importlib
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +17,9 @@ from networks import Case, make_case
 from torch import Tensor, nn
 
 import bdhf
+import bdhf.cg
 import bdhf.graphs
+import bdhf.update
 from bdhf.first_order import FirstOrder
 from bdhf.peephole_lstm import PeepholeLSTM
 
@@ -34,10 +39,12 @@ NETWORKS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _graphs_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=[1, 8], ids=["every round", "every eighth"])
+def _graphs_on_a_cpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Looking at which systems have stopped as on a CPU, and as on a GPU."""
     monkeypatch.setattr(bdhf.graphs, "available", lambda device: True)
     monkeypatch.setattr(bdhf.graphs, "record", tape.record)
+    monkeypatch.setitem(bdhf.cg.CHECK_EVERY, "cpu", request.param)
 
 
 def batches(case: Case, count: int) -> list[Any]:
@@ -157,6 +164,57 @@ def test_a_loaded_state_is_the_one_that_goes_on() -> None:
     assert torch.equal(weights(one), weights(other))
 
 
+def test_a_loss_that_keeps_its_targets_is_recorded() -> None:
+    """Also where a round with fewer blocks is made for the first time in a later update."""
+    one, other = (make_case("tanh MLP, MSE mean", torch.float64) for _ in range(2))
+    plain, recorded = hessian_free(one, False), hessian_free(other, True)
+    criterion = nn.HuberLoss(delta=0.1)
+    for update in range(8):
+        for opt, case in ((plain, one), (recorded, other)):
+            for group, tol in zip(opt.param_groups, (0.0, 0.0), strict=True):
+                group["cg_tol"] = tol
+            batch = batches(case, update + 1)[-1]
+            opt.step(case.model, criterion, batch)
+    assert torch.equal(weights(one), weights(other))
+    assert recorded.last_step is not None and "replayed" in recorded.last_step.path
+
+
+def test_inputs_may_be_parts_of_larger_tensors() -> None:
+    one, other = (make_case("cross-entropy mean", torch.float64) for _ in range(2))
+    plain, recorded = hessian_free(one, False), hessian_free(other, True)
+    wide = torch.randn(6, 9, dtype=torch.float64)
+    for k in range(6):
+        for opt, case in ((plain, one), (recorded, other)):
+            inputs = (wide + k)[:, 2:6]
+            opt.step(case.model, case.criterion, (inputs, case.batch[1]))
+    assert recorded.last_step is not None and recorded.last_step.path == "traced, replayed"
+    assert torch.equal(weights(one), weights(other))
+
+
+def test_a_batch_that_is_not_finite_changes_no_weights() -> None:
+    case = make_case("tanh MLP, MSE mean", torch.float64)
+    opt = hessian_free(case, True)
+    train(case, opt, 4)
+    before = weights(case)
+    inputs, targets = case.batch
+    opt.step(case.model, case.criterion, (inputs, targets * float("nan")))
+    assert torch.equal(weights(case), before)
+    train(case, opt, 1)
+    assert weights(case).isfinite().all() and not torch.equal(weights(case), before)
+
+
+@pytest.mark.parametrize("name", ["dropout", "cross-entropy mean"])
+def test_updates_that_are_not_replayed_are_not_kept_either(name: str) -> None:
+    case = make_case(name, torch.float64)
+    opt = hessian_free(case, True)
+    alive = []
+    for _ in range(8):
+        opt.step(case.model, case.criterion, case.batch, micro_batch=2)
+        gc.collect()
+        alive.append(sum(type(x) is bdhf.update.Update for x in gc.get_objects()))
+    assert alive[-1] == alive[2]
+
+
 def reads_back(outputs: Tensor, targets: Tensor) -> Tensor:
     """A loss that asks for a value in the middle."""
     scale = 1.0 if float(outputs.detach().sum()) > 1e9 else 2.0
@@ -251,14 +309,46 @@ def test_a_first_order_step_that_cannot_be_replayed_says_why() -> None:
     assert train(case, opt, 4)[0][-1] == why
 
 
+class Whim(nn.Module):
+    """It draws from Python's generator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * random.choice((1.0, -1.0))
+
+
+def test_a_first_order_step_that_draws_elsewhere_is_not_replayed() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), Whim())
+    opt = FirstOrder(torch.optim.SGD(model.parameters(), lr=0.1), cuda_graphs=True)
+    for _ in range(4):
+        opt.step(model, nn.CrossEntropyLoss(), (torch.randn(6, 4), torch.randint(3, (6,))))
+    assert opt.last_step is not None
+    assert opt.last_step.path == "gradient, not replayed: the network draws random numbers"
+
+
+def test_a_state_that_was_cleared_begins_anew() -> None:
+    one, other = (make_case("cross-entropy mean", torch.float64) for _ in range(2))
+    make = OPTIMIZERS["SGD"]
+    plain, recorded = first_order(one, make, False), first_order(other, make, True)
+    for opt, case in ((plain, one), (recorded, other)):
+        train(case, opt, 5)
+        opt.optimizer.state.clear()
+        train(case, opt, 5)
+    assert torch.equal(weights(one), weights(other))
+
+
 def test_only_the_last_few_recordings_are_kept() -> None:
-    recordings: bdhf.graphs.Recordings[str] = bdhf.graphs.Recordings()
+    recordings: bdhf.graphs.Recordings[list[int]] = bdhf.graphs.Recordings()
     made: list[int] = []
-    for _ in range(3):
-        for kind in range(recordings.most):
-            recordings.find(kind, lambda kind=kind: made.append(kind) or "made")  # type: ignore[misc]
-    assert made == list(range(recordings.most))
-    recordings.find("one more", lambda: "made")
-    assert recordings.find(0, lambda: "made") is None  # forgotten, and warming up again
-    assert recordings.find(1, lambda: "again") is None
-    assert recordings.find(3, lambda: "again") == "made"
+
+    def make(kind: int) -> list[int]:
+        made.append(kind)
+        return [kind]
+
+    kinds = range(recordings.most)
+    for _ in range(bdhf.graphs.WARM_UP + 1):
+        found = [recordings.find(kind, functools.partial(make, kind)) for kind in kinds]
+    assert made == list(kinds) and found == [[kind] for kind in kinds]
+    recordings.find(99, lambda: [99])
+    assert recordings.find(0, lambda: [0]) is None  # forgotten, and warming up again
+    assert recordings.find(1, lambda: [1]) is None
+    assert recordings.find(3, list) == [3]

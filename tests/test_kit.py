@@ -15,9 +15,10 @@ import pytest
 from suite import TINY, TINY_HF, without_clocks
 
 from bdhf.archive import bring_in
-from bdhf.record import read_metrics, read_provenance
+from bdhf.record import read_metrics, read_provenance, read_table, write_table
 
 ROOT = Path(__file__).parent.parent
+PACKED = "0123456789" * 4
 
 
 @pytest.fixture
@@ -28,6 +29,9 @@ def bundle(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     wanted = module.requirements()
     monkeypatch.setattr(module, "requirements", lambda: [*wanted, "bdhf-probe==1.0"])
     monkeypatch.setattr(module, "download", lambda wanted, python_version, wheels: probe(wheels))
+    code = module.code()
+    # What shows that the kit's own copy was at work.
+    monkeypatch.setattr(module, "code", lambda: {**code, "bdhf/commit.txt": PACKED.encode()})
     return module
 
 
@@ -55,6 +59,13 @@ def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+def checkpoints(archive: Path) -> list[str]:
+    """The optimizers of the runs that brought theirs."""
+    with tarfile.open(archive) as file:
+        found = [Path(name) for name in file.getnames() if name.endswith("checkpoint.pt")]
+    return sorted(path.parent.name.split("-")[0] for path in found)
+
+
 def test_a_sweep_in_two_slices_on_two_machines(bundle: ModuleType, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -62,52 +73,58 @@ def test_a_sweep_in_two_slices_on_two_machines(bundle: ModuleType, tmp_path: Pat
     kit = tmp_path / "bdhf-kit.pyz"
     bundle.pack(kit, "3.12", data)
 
-    # A machine on which the time is over before the first update is made, and then goes on.
+    # A machine that makes half of the updates of HF, and Adam's run.
     one = tmp_path / "one"
     one.mkdir()
     os.link(kit, one / kit.name)
     adam = ("autoencoder", "optimizer=adam", "seed=0", *TINY)
     hf = ("autoencoder", "optimizer=hf,bdhf", "seed=0", *TINY_HF)
-    first = call(one, *hf, "time_limit=0.001")
+    half = [word.replace("updates=4", "updates=2") for word in hf]
+    first = call(one, *half, "--checkpoints", "--output", "half.tar.gz")
     assert first.returncode == 0, first.stderr
-    assert "installing bdhf-probe==1.0" in first.stdout and "2 runs: 2 left" in first.stdout
+    assert "installing bdhf-probe==1.0" in first.stdout and "2 runs: 2 finished" in first.stdout
     assert (one / "bdhf-kit" / "site" / "bdhf_probe.py").exists()
     assert (one / "bdhf-kit" / "data" / "note.txt").exists()
+    measured = [{"experiment": "autoencoder", "seed": "0", "seconds": "0.5"}]
+    write_table(one / "bdhf-kit" / "results" / "demo" / "update_times.csv", measured)
     second = call(one, *adam)
     assert second.returncode == 0, second.stderr
     assert "installing" not in second.stdout and "1 runs: 1 finished" in second.stdout
-    with tarfile.open(one / "bdhf-runs.tar.gz") as archive:
-        packed = {Path(name).name: name for name in archive.getnames()}
-        checkpoints = [name for name in archive.getnames() if name.endswith("checkpoint.pt")]
-    assert "curves.csv" in packed
-    assert not any("/adam-" in name for name in checkpoints)  # it is finished
+    assert checkpoints(one / "half.tar.gz") == ["bdhf", "hf"]
+    assert checkpoints(one / "bdhf-runs.tar.gz") == []  # all are finished
 
     # Another one, which is given what came back, and makes the rest.
     two = tmp_path / "two"
     two.mkdir()
     os.link(kit, two / kit.name)
-    third = call(two, *hf, "--from", str(one / "bdhf-runs.tar.gz"), "--output", "out/runs.tar.gz")
+    lost = call(two, *hf, "--from", "nosuch.tar.gz")
+    assert lost.returncode == 1 and "nosuch.tar.gz could not be read" in lost.stderr
+    third = call(
+        two, "--from", str(one / "half.tar.gz"), *hf, "--measure", "--output", "out/runs.tar.gz"
+    )
     assert third.returncode == 0, third.stderr
-    assert "2 runs: 2 finished" in third.stdout
+    assert "2 runs: 2 finished" in third.stdout and "update 0/4" not in third.stdout
 
     # At home: the same curves as without the kit, and the commit that was packed.
     results = tmp_path / "results"
     for archive_path in (one / "bdhf-runs.tar.gz", two / "out" / "runs.tar.gz"):
         bring_in(archive_path, results)
+    assert read_table(results / "demo" / "update_times.csv") == measured
+    bring_in(one / "bdhf-runs.tar.gz", results)  # again
+    assert read_table(results / "demo" / "update_times.csv") == measured
     plain = tmp_path / "plain"
     for arguments in (adam, hf):
         command = [sys.executable, "scripts/reproduce.py", *arguments, f"results={plain}"]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     names = sorted(path.name for path in (plain / "runs" / "demo" / "autoencoder").iterdir())
     assert [name.split("-")[0] for name in names] == ["adam", "bdhf", "hf"]
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     for name in names:
         there, here = (root / "runs" / "demo" / "autoencoder" / name for root in (results, plain))
         assert without_clocks(read_metrics(there)) == without_clocks(read_metrics(here))
         provenance = read_provenance(there)
         assert provenance["status"] == "finished"
         sessions = provenance["sessions"]
-        assert {session["git_commit"] for session in sessions} == {head.stdout.strip()}
+        assert {session["git_commit"] for session in sessions} == {PACKED}
 
 
 def test_wheels_that_do_not_fit_are_said_to(bundle: ModuleType, tmp_path: Path) -> None:
@@ -118,10 +135,9 @@ def test_wheels_that_do_not_fit_are_said_to(bundle: ModuleType, tmp_path: Path) 
     assert "error: the kit's wheels do not fit Python" in done.stderr
 
 
-def test_what_is_uncommitted_stays_here(
-    bundle: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = bundle.code()
+def test_the_code_is_that_of_the_last_commit_and_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    files = importlib.import_module("bundle").code()
     commit = files["bdhf/commit.txt"].decode().strip()
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     assert commit == head.stdout.strip() and "configs/run.yaml" in files

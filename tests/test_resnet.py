@@ -13,7 +13,7 @@ from torch import nn
 from bdhf.data import Images
 from bdhf.record import read_metrics
 from bdhf.runner import run
-from bdhf.training import polyak_average
+from bdhf.training import move_average, polyak_average
 
 
 def test_network_is_the_papers() -> None:
@@ -75,7 +75,7 @@ def test_polyak_average_is_the_exponential_one_with_a_warm_up() -> None:
     for t in range(400):
         with torch.no_grad():
             model.weight.fill_(float(t % 7))
-        averaged.update_parameters(model)
+        move_average(averaged, model)
         weight = float(t % 7)
         decay = min(0.99, (1 + t) / (10 + t))
         expected = weight if expected is None else decay * expected + (1 - decay) * weight
