@@ -15,6 +15,7 @@ from bdhf.config import check_against_data, checked, settings_hash, settings_of
 from bdhf.data import Images
 from bdhf.errors import ConfigError
 from bdhf.experiment import CONFIGS
+from bdhf.machine import use_machine
 from bdhf.runner import run
 
 SCALES = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml"))
@@ -273,3 +274,15 @@ def test_refusals_leave_nothing_behind(tmp_path: object) -> None:
     with pytest.raises(ConfigError):
         run(EXPERIMENTS["autoencoder"], values)
     assert not Path(f"{tmp_path}/r").exists()
+
+
+def test_tf32_is_off_unless_asked_for() -> None:
+    """Torch's own choice is TF32 for convolutions; saying no is the same run as saying nothing."""
+    asked = ((), ("tf32=false",), ("tf32=true",))
+    plain, no, yes = (config("resnet", "scale=demo", *more) for more in asked)
+    plain_hash, no_hash, yes_hash = (settings_hash(settings_of(c)) for c in (plain, no, yes))
+    assert plain_hash == no_hash != yes_hash
+    for tf32, expected in ((yes.tf32, "tf32"), (no.tf32, "ieee")):
+        use_machine(None, tf32)
+        found = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+        assert [each.fp32_precision for each in found] == [expected] * 3
