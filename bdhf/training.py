@@ -135,6 +135,7 @@ class Training:
     work: Work
     averaged: AveragedModel | None = None
     progress: Progress = field(default_factory=Progress)
+    _unsettled: bool = field(default=False, init=False)
 
     def run(
         self,
@@ -167,9 +168,11 @@ class Training:
 
     def settle(self) -> Progress:
         """Wait until the device has made the updates asked of it: that is part of their time."""
-        started = time.perf_counter()
-        synchronize(self.problem.train[0].device)
-        self.progress.seconds += time.perf_counter() - started
+        if self._unsettled:
+            started = time.perf_counter()
+            synchronize(self.problem.train[0].device)
+            self.progress.seconds += time.perf_counter() - started
+            self._unsettled = False
         return self.progress
 
     def _add_row(self, on_row: Callable[[Row], None]) -> None:
@@ -237,6 +240,7 @@ class Training:
         if self.averaged is not None:
             move_average(self.averaged, self.problem.model)
         progress.seconds += time.perf_counter() - started
+        self._unsettled = True
         assert self.optimizer.last_step is not None
         progress.update += 1
         progress.gradient_equivalents += self.work.of_update(

@@ -77,8 +77,8 @@ def test_a_sweep_in_two_slices_on_two_machines(bundle: ModuleType, tmp_path: Pat
     one = tmp_path / "one"
     one.mkdir()
     os.link(kit, one / kit.name)
-    adam = ("autoencoder", "optimizer=adam", "seed=0", *TINY)
-    hf = ("autoencoder", "optimizer=hf,bdhf", "seed=0", *TINY_HF)
+    adam = ("autoencoder", "optimizer=adam", "seed=0", "threads=1", *TINY)
+    hf = ("autoencoder", "optimizer=hf,bdhf", "seed=0", "threads=1", *TINY_HF)
     half = [word.replace("updates=4", "updates=2") for word in hf]
     first = call(one, *half, "--checkpoints", "--output", "half.tar.gz")
     assert first.returncode == 0, first.stderr

@@ -276,7 +276,7 @@ def test_looking_whether_a_run_is_held_keeps_nobody_out(tmp_path: Path) -> None:
 
 
 def test_run_of_another_process_is_waited_for_and_taken_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker whose sweep was killed, say: it stops after its update, and the run is free."""
     folder = RunFolder(tiny("autoencoder", "bdhf", f"results={tmp_path}"))
@@ -284,8 +284,14 @@ def test_run_of_another_process_is_waited_for_and_taken_over(
     command = [sys.executable, "-c", HOLD, str(folder._lock)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        threading.Timer(3, holder.kill).start()
+
+        def killed_at_the_first_pause(seconds: float) -> None:
+            holder.kill()
+            holder.wait()
+
+        monkeypatch.setattr("bdhf.sweep.launching.time.sleep", killed_at_the_first_pause)
         assert sweep([*SMALL, f"results={tmp_path}"], "") == 0
+    monkeypatch.undo()
     out = capsys.readouterr().out
     assert "waiting for 1 runs that another process is at work on\n" in out
     assert out.endswith("2 runs: 2 finished\n")
