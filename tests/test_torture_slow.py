@@ -147,6 +147,16 @@ def test_sweep_survives_the_death_of_a_worker(
     assert process.returncode == 0 and metrics(tmp_path) == expected_early
 
 
+def test_idle_worker_ends_with_its_sweep(tmp_path: Path) -> None:
+    """It waits for its next run, and nothing else tells it that there will be none."""
+    process = start(tmp_path, "optimizer=hf", "seed=0", *TWO_AT_ONCE, updates=UPDATES)
+    assert process.stdout is not None
+    assert any(": finished, " in line for line in process.stdout)
+    kill(process, "sweep, SIGKILL")
+    process.communicate(timeout=30)  # until the last that could write has gone
+    assert sorted(statuses(tmp_path)) == ["finished", "stopped"]
+
+
 def test_repeated_at_once_after_the_death_of_the_sweep(
     tmp_path: Path, expected_early: dict[str, list[Row]]
 ) -> None:

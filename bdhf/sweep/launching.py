@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -31,8 +32,11 @@ from bdhf.sweep.grid import Grid, GridRun
 #: A process makes many runs, most on the same data as the one before.
 _loaded = functools.lru_cache(maxsize=1)(load)
 
-#: Seconds between two looks at runs that other processes are at work on.
+#: Seconds between two looks at what other processes are at.
 _PAUSE = 1.0
+
+#: Held by a process while it makes a run.
+_at_work = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,9 @@ class _Task:
             # A cluster's SIGTERM is submitit's.
             for number in (signal.SIGINT,) if orders.jobs else (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
-        with orders.stopping() as stopping:
+            if not orders.jobs:
+                _end_with(orders.process)
+        with _at_work, orders.stopping() as stopping:
             word = self._make(composed, stopping) if stopping() is None else None
             if stopping.orphaned:
                 os._exit(1)  # nobody is left to hand the next run to this worker
@@ -187,6 +193,23 @@ class _Task:
         except Exception as error:  # the other runs go on
             return f"{type(error).__name__}: {first_line(error)}"
         return None
+
+
+@functools.cache
+def _end_with(parent: int) -> None:
+    """Have this worker end when the sweep's process has gone, though nobody wakes it for that.
+
+    A run at work stops by itself. Between runs a worker waits for the next one, for minutes, or,
+    where its parent died while it was telling what to do next, for ever.
+    """
+
+    def wait() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PAUSE)
+        with _at_work:
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _is_open(run: GridRun, failed: dict[Path, str], since: float) -> bool:
