@@ -46,7 +46,8 @@ class StepReport:
         path: how curvature products were computed: by maps ``"brought by the network"``,
             ``"traced"`` once for all updates, or, slower, by ``"autograd: ..."`` with the reason
             why the network could not be traced; with ``micro_batch``, ``", in pieces"``. With
-            ``cuda_graphs``, ``", replayed"``, or ``", not replayed: ..."`` and the reason.
+            ``cuda_graphs`` on a GPU, from the third update of a kind on, ``", replayed"``, or
+            ``", not replayed: ..."`` and the reason.
     """
 
     blocks: list[BlockStep]

@@ -355,7 +355,7 @@ def first_line(error: BaseException) -> str:
 def _circumstances(device: str, command: str) -> dict[str, Any]:
     """What may matter for telling two sessions apart, and is nobody's setting."""
     return {
-        **_version(),
+        **version(),
         "command": command,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -366,7 +366,7 @@ def _circumstances(device: str, command: str) -> dict[str, Any]:
     }
 
 
-def _version() -> dict[str, Any]:
+def version() -> dict[str, Any]:
     """The commit of the code, and whether it was changed."""
     packed = (Path(__file__).parent / "commit.txt").read_text().strip()
     if not packed.startswith("$"):  # git writes it into archives of the repository

@@ -267,7 +267,14 @@ def _train(
             folder.append(row)
             display.row(row)
 
+        said = False
+
         def on_update() -> None:
+            nonlocal said
+            report = training.optimizer.last_step
+            if not said and report is not None and "not replayed" in report.path:
+                say(f"{folder.path}: updates are made one by one on the GPU: {report.path}")
+                said = True
             display.update(training.progress.update)
             writer.write_if_due()
 
@@ -307,7 +314,11 @@ def title(config: Config) -> str:
 
 
 def _close(folder: RunFolder, training: Training, outcome: Outcome, config: Config) -> None:
-    facts: dict[str, Any] = {"micro_batch": config.micro_batch}
+    report = training.optimizer.last_step
+    facts: dict[str, Any] = {
+        "micro_batch": config.micro_batch,
+        "path": None if report is None else report.path,
+    }
     if outcome.status == "finished":
         problem = training.problem
         for name, data in (("train", problem.train), ("test", problem.test)):

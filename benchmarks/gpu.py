@@ -12,7 +12,6 @@ import copy
 import functools
 import json
 import statistics
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from bdhf.first_order import FirstOrder
 from bdhf.gradient import loss_and_gradient
 from bdhf.linearization import Linearizer
 from bdhf.machine import use_machine
+from bdhf.record import version
 from bdhf.work import count_work, multiply_adds
 
 #: Mini-batch of HF, its curvature mini-batch, and Adam's smallest, as configs/scale/paper has them.
@@ -170,12 +170,12 @@ def table(problem: Problem, seconds: dict[str, list[float]], rate: float) -> str
 def header(device: torch.device, found: dict[str, float], rounds: int) -> str:
     """What was measured, and where."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    code = version()
+    commit = f"{code['git_describe']}{' with changes' if code['git_dirty'] else ''}"
     reached = "; ".join(f"{what}: {rate:.4g}" for what, rate in found.items())
     return f"""# What an update costs on a GPU
 
-Made by `benchmarks/gpu.py` at {commit or "an unknown commit"} on one {name}, torch
+Made by `benchmarks/gpu.py` at {commit} on one {name}, torch
 {torch.__version__}, float32 without TF32. Measured in the same run: {reached}.
 
 Medians of {rounds} interleaved rounds. The unit is one gradient by plain autograd of the same
@@ -193,6 +193,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU; --device cpu --rows 64 rehearses this")
     use_machine(threads=None)
     found = rates(device, 8192 if device.type == "cuda" else 512)
     text, raw = [header(device, found, options.rounds)], {"rates": found}

@@ -1,7 +1,8 @@
 """Pack wheels, data and code into one file for a machine without internet: scripts/bundle.py.
 
-That machine needs Python, pip, torch and torchvision. There, `python bdhf-kit.pyz all scale=paper
-time_limit=540` unpacks it and makes runs (scripts/kit.py, which is where it begins).
+That machine needs Linux on x86-64, Python 3.10, pip, torch 2.9 and torchvision 0.24, or newer ones.
+There, `python bdhf-kit.pyz all scale=paper time_limit=540` unpacks it and makes runs
+(scripts/kit.py, which is where it begins).
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def pack(output: Path, python_version: str, data: Path) -> None:
         print(f"no data sets in {data}: name their folder by BDHF_DATA")
     print(
         f"{output}: {output.stat().st_size / 2**20:.1f} MiB. There: python3 {output.name} all "
-        "scale=paper time_limit=540"
+        "scale=paper study=null,blocks device=cuda time_limit=540"
     )
 
 

@@ -1,6 +1,6 @@
 """Runs of bdhf on a machine without internet: what `make bundle` packs begins here.
 
-    python bdhf-kit.pyz all scale=paper time_limit=540
+    python bdhf-kit.pyz all scale=paper study=null,blocks device=cuda time_limit=540
 
 unpacks beside itself, installs what Python lacks from the wheels it brought (torch has to be
 there), makes runs until the time limit, and packs their folders. The same command goes on; so does
@@ -24,6 +24,8 @@ from pathlib import Path
 
 #: Of what a run's folder holds, what only a run that goes on needs.
 _CHECKPOINT = "checkpoint.pt"
+#: What stands in for it should it be damaged.
+_OLDER = "checkpoint.older.pt"
 
 
 def main() -> int:
@@ -59,7 +61,14 @@ def main() -> int:
         action="store_true",
         help="pack those of finished runs too: to measure them, or enlarge their budget, elsewhere",
     )
+    parser.add_argument("--plan", action="store_true", help="what is left, and how long it takes")
     given = parser.parse_intermixed_args()
+    for argument in given.arguments:
+        if argument.startswith("results="):
+            parser.error(f"{argument}: runs are kept in {given.into}/results")
+    for source in given.sources:
+        if not source.exists():
+            parser.error(f"--from {source}: there is no such file")
     kit = unpacked(Path(sys.argv[0]), given.into)
     environment = prepared(kit)
     results = kit / "results"
@@ -69,9 +78,13 @@ def main() -> int:
         if run(kit, environment, ["-c", call, str(source.absolute()), str(results)]):
             sys.exit(f"error: {source} could not be read; nothing was run")
     arguments = [*given.arguments, f"results={results}"]
+    if given.plan:
+        return run(kit, environment, ["scripts/reproduce.py", "--plan", *arguments])
     status = run(kit, environment, ["scripts/reproduce.py", *arguments])
     pack(results, given.output, given.checkpoints)
-    if given.measure and status == 0:
+    if given.measure and status:
+        print("not measured: runs failed, or were refused; see above")
+    if given.measure and not status:
         scale = next((a.split("=")[1] for a in arguments if a.startswith("scale=")), "laptop")
         run(kit, environment, ["scripts/measure.py", scale, "--results", str(results)])
         pack(results, given.output, given.checkpoints)  # again, since that may take long
@@ -125,7 +138,8 @@ def is_met(requirement: str, site: Path) -> bool:
 def run(kit: Path, environment: dict[str, str], arguments: list[str]) -> int:
     """Run Python in the kit's code, and hand it the signals that ask us to stop."""
     child = subprocess.Popen([sys.executable, *arguments], cwd=kit / "code", env=environment)
-    before = signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number))
+    caught = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(n, lambda number, _: child.send_signal(number)) for n in caught]
     try:
         while True:
             try:
@@ -133,7 +147,8 @@ def run(kit: Path, environment: dict[str, str], arguments: list[str]) -> int:
             except KeyboardInterrupt:  # the child, in our group, has it too, and will end
                 continue
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(caught, before, strict=True):
+            signal.signal(number, handler)
 
 
 def pack(results: Path, output: Path, checkpoints: bool) -> None:
@@ -141,7 +156,7 @@ def pack(results: Path, output: Path, checkpoints: bool) -> None:
 
     def kept(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
         path = Path(member.name)
-        if any(part.startswith(".") for part in path.parts):
+        if any(part.startswith(".") for part in path.parts) or path.name == _OLDER:
             return None
         over = path.name == _CHECKPOINT and has_ended(results.parent / path.parent)
         return None if over and not checkpoints else member
