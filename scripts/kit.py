@@ -138,7 +138,7 @@ def is_met(requirement: str, site: Path) -> bool:
 def run(kit: Path, environment: dict[str, str], arguments: list[str]) -> int:
     """Run Python in the kit's code, and hand it the signals that ask us to stop."""
     child = subprocess.Popen([sys.executable, *arguments], cwd=kit / "code", env=environment)
-    caught = (signal.SIGTERM, signal.SIGHUP)
+    caught = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     before = [signal.signal(n, lambda number, _: child.send_signal(number)) for n in caught]
     try:
         while True:
