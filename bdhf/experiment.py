@@ -18,7 +18,14 @@ from torch import nn
 
 from bdhf.batches import Criterion
 from bdhf.blocks import ParamGroup
-from bdhf.config import FigureConfig, TargetConfig, checked, register, settings_of
+from bdhf.config import (
+    FigureConfig,
+    TargetConfig,
+    checked,
+    register,
+    settings_hash,
+    settings_of,
+)
 from bdhf.data import Data, Images
 from bdhf.training import Accuracy
 
@@ -111,6 +118,18 @@ def shipped(experiment: str, scale: str, optimizer: str) -> tuple[dict[str, Any]
             composed = compose("run", [*overrides, *sizes])
         config = checked(composed)
     return settings_of(config), cells
+
+
+def shipped_hashes(experiment: str, scale: str, optimizer: str) -> set[str]:
+    """`settings_hash`, but for the seed, of each cell with the settings that ship.
+
+    Empty where the configs have no cells.
+
+    Raises:
+        ConfigError, HydraException, ValueError: as `shipped` and `find_experiment` do.
+    """
+    values, cells = shipped(experiment, scale, optimizer)
+    return {settings_hash({**values, **cell}, without=("seed",)) for cell in cells}
 
 
 def _read(path: Path) -> dict[str, Any]:

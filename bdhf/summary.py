@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import median
+
+import numpy as np
 
 from bdhf.config import TargetConfig
+from bdhf.report import quantities
 from bdhf.training import Row
 
 
@@ -30,12 +32,12 @@ def best(rows: Sequence[Row], metric: str) -> float | None:
 
 
 def final(rows: Sequence[Row], metric: str) -> float | None:
-    """The median over the last tenth of the updates, since runs jump; None after a divergence."""
-    values = values_of(rows, metric)
-    if not values or math.isnan(values[-1][1]):
+    """`quantities.final`, since runs jump; None where the last value is not finite."""
+    pairs = values_of(rows, metric)
+    if not pairs or not math.isfinite(pairs[-1][1]):
         return None
-    last = values[-1][0]
-    return median(value for update, value in values if update >= 0.9 * last)
+    updates, values = np.array(pairs, np.float64).T
+    return quantities.final(updates, values)
 
 
 def updates_to(rows: Sequence[Row], target: TargetConfig) -> int | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from bdhf.report.page import write_report
 from bdhf.report.readme import README, with_results
 from bdhf.report.table import TableError
+from bdhf.report.verdicts import ClaimError
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
         if arguments.readme:
             README.write_text(with_results(README.read_text(), arguments.results, arguments.scale))
             print(README)
-    except TableError as error:
+    except (ClaimError, TableError) as error:
         sys.exit(f"error: {error}")
 
 

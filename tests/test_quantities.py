@@ -13,7 +13,7 @@ from bdhf.report.quantities import (
     descent_in_second_half,
     final,
     first_at,
-    log_area_between,
+    share_below_on_average,
     share_lower,
     total_rise,
 )
@@ -55,15 +55,22 @@ def test_final_is_the_median_of_the_last_tenth(
 @pytest.mark.parametrize(
     ("values", "target", "higher", "expected"),
     [
-        ([9, 5, 3, 4], 3, False, (10, 20)),  # met exactly counts, and later jumps do not
+        ([9, 5, 3, 3], 3, False, (10, 20)),  # met exactly counts
+        ([9, 2, 9, 2], 3, False, (0, 10)),  # a later jump does not
+        ([9, 2, 9, 9], 3, False, (30, INF)),  # nor does a jump to the goal
+        ([9, 5, 3, 4], 3, False, (30, INF)),
+        ([9, 5, 4, 3], 3, False, (20, 30)),
         ([9, 5, 3, 4], 5, False, (0, 10)),
         ([9, 5, 3, 4], 9, False, (0, 0)),
         ([9, 5, 3, 4], 2.9, False, (30, INF)),
         ([9, 5, 3, NAN], 2.9, False, (20, INF)),  # a longer run might have
         ([0.1, NAN, 0.5, 0.4], 0.3, True, (0, 20)),
-        ([0.1, 0.2, 0.5, 0.4], 0.5, True, (10, 20)),
+        ([0.1, 0.2, 0.5, 0.5], 0.5, True, (10, 20)),
+        ([0.1, 0.2, 0.5, 0.4], 0.5, True, (30, INF)),
         ([0.1, 0.2, 0.5, 0.4], 0.6, True, (30, INF)),
-        ([9, INF, INF, INF], 9, False, (0, 0)),
+        ([9, 9, INF, INF], 9, False, (0, 0)),
+        ([9, INF, INF, INF], 9, False, (INF, INF)),
+        ([9, 8, 7, INF], 8, False, (0, 10)),
         ([9, 8, INF, NAN], 7, False, (INF, INF)),
         ([0.1, -INF, -INF, -INF], 0.2, True, (INF, INF)),
         ([NAN, NAN, NAN, NAN], 7, False, (INF, INF)),
@@ -92,20 +99,20 @@ def test_share_lower(ours: list[float], theirs: list[float], expected: float) ->
 @pytest.mark.parametrize(
     ("ours", "theirs", "expected"),
     [
-        ([1, 1, 1], [math.e] * 3, 1),
-        ([math.e] * 3, [1, 1, 1], -1),
+        ([1, 1, 1], [2, 2, 2], 0.5),
+        ([2, 2, 2], [1, 1, 1], -1),
         # At 0, 10 and 40: (10 (0 + 1) / 2 + 30 (1 + 3) / 2) / 40, and not the mean of 0, 1 and 3.
-        ([1, 1, 1], [1, math.e, math.e**3], 65 / 40),
-        ([1, NAN, 1], [1, math.e, math.e**3], 1.5),
+        ([1, 1, 1], [1, math.e, math.e**3], 1 - math.exp(-65 / 40)),
+        ([1, NAN, 1], [1, math.e, math.e**3], 1 - math.exp(-1.5)),
         ([1, INF, INF], [1, 1, 1], -INF),
-        ([1, 1, 1], [1, 1, INF], INF),
+        ([1, 1, 1], [1, 1, INF], 1),
         ([1, 1, INF], [1, INF, INF], NAN),
         ([1, NAN, NAN], [2, 2, 2], NAN),
-        ([1, 1, NAN], [1, math.e, INF], 0.5),  # what only one of them has does not count
+        ([1, 1, NAN], [1, 4, INF], 0.5),  # what only one of them has does not count
     ],
 )
-def test_log_area_between(ours: list[float], theirs: list[float], expected: float) -> None:
-    same(log_area_between(array(0, 10, 40), array(*ours), array(*theirs)), expected)
+def test_share_below_on_average(ours: list[float], theirs: list[float], expected: float) -> None:
+    same(share_below_on_average(array(0, 10, 40), array(*ours), array(*theirs)), expected)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from bdhf.report import quantities, verdicts
 from bdhf.report.evidence import Cell, Evidence, gather, planned_cells
 from bdhf.report.table import CellKey, Curves
 from bdhf.report.tuning import changes, moved_verdicts, trials
-from bdhf.report.verdicts import Part, claims, judge, judge_part, preview
+from bdhf.report.verdicts import ClaimError, Part, claims, judge, judge_part, preview
 
 INF, NAN = math.inf, math.nan
 HOLDS, IN_PART, NOT = "holds", "holds in part", "does not hold"
@@ -274,7 +274,6 @@ CASES: list[tuple[str, Changes, set[int]]] = [
     ("R3", {"bdhf-125": {"jumps": (1, 1.101)}}, {0}),
     ("R3", {"bdhf-250": {"jumps": (2, 1.09)}, "hf-250": {"jumps": (2, 1.21)}}, set()),
     ("R3", {"bdhf-250": {"jumps": (2, 1.09)}}, {1}),
-    ("R3", {"bdhf": {"jumps": (0, 1.0)}, "hf": {"jumps": (0, 1.0)}}, {0, 1}),
     ("R3", {"hf": {"jumps": (0, 1.0)}}, {0, 1}),
     ("T1", {"time-bdhf": {"seconds": 1.24}}, set()),
     ("T1", {"time-bdhf": {"seconds": 1.26}}, {0, 2, 4}),
@@ -311,15 +310,15 @@ CASES: list[tuple[str, Changes, set[int]]] = [
     # One seed: below the threshold, where the median counts; and against the claim.
     ("A1", {"adam-300": {"one": {"reach": 140}}}, {2}),
     ("A1", {"adam-300": {"one": {"reach": 80}}}, {0, 2}),
-    ("A2", {"adam-100": {"one": {"reach": 20}}}, set()),
-    ("A2", {"adam-100": {"one": {"reach": 0}}}, {1}),
+    ("A2", {"adam-100": {"one": {"reach": 40}}}, set()),
+    ("A2", {"adam-100": {"one": {"reach": 20}}}, {1}),  # a tie
     ("A2", {"bdhf-125": {"one": {"test": 11.3}}}, {0}),
     ("A3 A4", {"bdhf-125": {"one": {"jumps": (3, 1.1)}}, "hf-125": FLAT}, set()),
     ("A3 A4", {"bdhf-125": {"one": {"train": 1.031}}, "hf-125": FLAT}, {0, 1}),
-    ("L1 R4", {"adam-300": {"one": {"reach": 20}}}, set()),
-    ("L1 R4", {"adam-300": {"one": {"reach": 0}}}, {0}),
-    ("L2", {"hf-125": {"one": {"reach": 20}}}, set()),
-    ("L2", {"hf-125": {"one": {"reach": 19}}}, {0}),
+    ("L1 R4", {"adam-300": {"one": {"reach": 40}}}, set()),
+    ("L1 R4", {"adam-300": {"one": {"reach": 20}}}, {0}),
+    ("L2", {"hf-125": {"one": {"reach": 21}}}, set()),
+    ("L2", {"hf-125": {"one": {"reach": 20}}}, {0}),
     ("R1", {"bdhf-125": {"one": {"hits": 0.925}}}, {0}),
     ("T1", {"time-bdhf": {"one": 1.3}}, {0, 2, 4}),
     ("T1", {"time-adam": {"one": 1.0}}, set()),
@@ -327,11 +326,15 @@ CASES: list[tuple[str, Changes, set[int]]] = [
     ("S1", {"adam-300": {"one": {"reach": 120}}}, set()),
     ("S1", {"adam-300": {"one": {"reach": 80}}}, {0, 2, 4}),
     ("S1", {"adam-300": {"one": {"reach": 140}}, "bdhf-125": {"one": {"reach": 36}}}, set()),
-    ("S1", {"adam-300": {"one": {"reach": 100}}, "bdhf-125": {"one": {"reach": 36}}}, {1, 3, 5}),
+    ("S1", {"adam-300": {"one": {"reach": 120}}, "bdhf-125": {"one": {"reach": 36}}}, {1, 3, 5}),
     ("H1", {"blocks-4": {"one": {"train": 1.09}}}, {4}),
     # Runs that diverged: all seeds, one seed, and one at its very end.
     ("A2 L1 R4", {"bdhf": {"diverged": 10}}, {0, 1, 2}),
     ("A2", {"bdhf-125": {"diverged": {1: 40}}}, {0, 1, 2}),
+    ("A2 L1 R1 R4", {"adam-100": {"diverged": {1: 800}}}, set()),
+    ("A1", {"adam-100": {"diverged": {1: 800}}}, {1}),
+    ("L1 R4", {"adam-300": {"diverged": 100}}, set()),
+    ("A1", {"adam-300": {"diverged": 100}}, {2}),
     ("L1 R4", {"bdhf-125": {"diverged": {1: 40}}}, {1, 2}),
     ("A3 A4 L2 R2 R3 H1", {"hf": {"diverged": 10}}, set()),
     ("A4 L2 R2 R3 H1", {"hf-125": {"diverged": {2: 30}}}, set()),
@@ -411,6 +414,8 @@ OPEN: list[tuple[str, Changes, str]] = [
     ("L2", {"hf-125": NEVER, "bdhf-125": NEVER}, "undecided in some seed"),
     ("S1", {"adam-1200": {}}, "Adam's largest mini-batch is larger than HF's in autoencoder"),
     ("H1", {"blocks-4": None, "blocks-random-2": None}, "no runs with blocks 4, random-2: study"),
+    ("R3", {"bdhf": {"jumps": (0, 1.0)}, "hf": {"jumps": (0, 1.0)}}, "undecided in some seed"),
+    ("R3", {"hf-125": {"jumps": (1, 1.019)}, "bdhf-125": {"jumps": (0, 1.0)}}, "undecided"),
     ("T1", {"time": None}, "nothing was measured: make measure does"),
     ("T1", {"time-hf": None}, "0 of the 3 seeds it needs"),
     ("T2", {"solve": None}, "nothing was measured: make measure does"),
@@ -422,9 +427,6 @@ OPEN: list[tuple[str, Changes, str]] = [
     ("A1 L1 R4", {"adam-300": {"late": 0.94}}, SHORT.format(300, "-6%, -6%, -6%")),
     ("A1 L1 R4", {"adam-300": {"one": {"late": 0.94}}}, SHORT.format(300, "-0%, -6%, -0%")),
     ("A1 A2 L1 R1 R4", {"adam-100": {"late": 1.06}}, SHORT.format(100, "+6%, +6%, +6%")),
-    ("A1 A2 L1 R1 R4", {"adam-100": {"diverged": {1: 800}}},
-     SHORT.format(100, "-0%, diverged, -0%")),
-    ("A1 L1 R4", {"adam-300": {"diverged": 100}}, SHORT.format(300, "diverged, diverged")),
     ("A1 A2 L1 R1 R4", {"adam": {"seeds": (0, 1)}}, "2 of the 3 seeds it needs"),
     ("A3 A4 L2 L3 R2 R3 R5 H1", {"hf": {"seeds": (0, 1)}}, "2 of the 3 seeds it needs"),
     ("A3 A4 L2 L3 R2 R3 R5 H1", {"hf": {"seeds": (0, 1, 3)}}, "2 of the 3 seeds it needs"),
@@ -487,8 +489,9 @@ def test_all_planned_sizes_are_needed() -> None:
 
 
 def test_plans_are_those_of_the_configs() -> None:
-    assert planned_cells("lstm", "bdhf", "laptop") == len(shipped("lstm", "laptop", "bdhf")[1]) > 1
-    assert planned_cells("gone", "adam", "laptop") == planned_cells("lstm", "sgd", "laptop") == 0
+    planned = planned_cells("lstm", "bdhf", "laptop")
+    assert len(planned) == len(shipped("lstm", "laptop", "bdhf")[1]) > 1
+    assert not planned_cells("gone", "adam", "laptop") | planned_cells("lstm", "sgd", "laptop")
 
 
 def test_plateau_matters_only_where_final_values_of_adam_are_compared() -> None:
@@ -525,8 +528,8 @@ BRACKETS: list[tuple[str, Changes, set[int] | None]] = [  # None: too far apart 
     ("L2", {"hf-125": {"reach": 20}}, {0}),
     ("S1", {"adam-300": {"reach": 140}}, None),
     ("S1", {"adam-300": {"reach": 120}}, {0, 2, 4}),
-    ("S1", {"adam-300": {"one": {"reach": 120}}}, set()),  # the median counts
-    ("S1", {"adam-300": {"one": {"reach": 100}}}, None),  # may be one seed against it
+    ("S1", {"adam-300": {"one": {"reach": 140}}}, set()),  # the median counts
+    ("S1", {"adam-300": {"one": {"reach": 120}}}, None),  # may be one seed against it
     # Not met by the end of the run: no sooner, and perhaps never.
     ("A1", {"adam-300": NEVER}, {2}),
     ("A1", {"adam-100": NEVER}, {0, 1, 2}),
@@ -592,15 +595,17 @@ def outcome(effects: list[float], least: float = 0.0, neutral: float = 0.0) -> t
         ([1, 1.9, 9], 2, 0, ("fails", "below the threshold")),  # the median, and not the mean
         ([-1, 3, 3], 2, 0, ("fails", "not in every seed")),
         ([-1, -3, -3], 2, 0, ("fails", "in no seed")),
-        ([1, 3, 3], 2, 1, ("holds", "")),
+        ([1.1, 3, 3], 2, 1, ("holds", "")),
+        ([1, 3, 3], 2, 1, ("fails", "not in every seed")),  # a tie
+        ([-1, NAN, 3], 2, 0, ("fails", "not in every seed")),  # whatever the second is
         ([0.9, 3, 3], 2, 1, ("fails", "not in every seed")),
         ([0.9, 0.9, 0.9], 0.5, 1, ("fails", "in no seed")),
         ([-0.05, -0.1, 1], -0.1, -0.1, ("holds", "")),
         ([1, INF, INF], 2, 0, ("holds", "")),
         ([3, 3, -INF], 2, 0, ("fails", "not in every seed")),
         ([3, 3, NAN], 2, 0, ("untested", "it: undecided in some seed")),
-        ([3, 3], 2, 0, ("untested", "2 of the 3 seeds it needs")),
-        ([], 2, 0, ("untested", "0 of the 3 seeds it needs")),
+        ([3, 3], 2, 0, ("untested", "it: 2 of the 3 seeds it needs")),
+        ([], 2, 0, ("untested", "it: 0 of the 3 seeds it needs")),
         # From five seeds on, an interval of the mean.
         ([0.5, 2.1, 2.2, 2.3], 2, 0, ("holds", "")),
         ([0.5, 0.6, 2.1, 2.2, 2.3], 2, 0, ("fails", WIDE)),
@@ -609,7 +614,8 @@ def outcome(effects: list[float], least: float = 0.0, neutral: float = 0.0) -> t
         ([1, 3, 3, 3, 3], 2.5, 0, ("fails", WIDE)),  # of the median it would be narrow
         ([1, 3, 3, INF, INF], 2.5, 0, ("fails", WIDE)),  # infinite ones say no more than 3
         ([INF] * 5, 2, 0, ("holds", "")),
-        ([3, 3, 3, 3, 3], 2, 3, ("holds", "")),  # no spread, which BCa could not do
+        ([3, 3, 3, 3, 3], 2, 0, ("holds", "")),  # no spread, which BCa could not do
+        ([3, 3, 3, 3, 3 + 5e-16], 2, 0, ("holds", "")),
         ([3, 3, 3, 3, INF], 2, 0, ("holds", "")),
     ],
 )
@@ -724,8 +730,23 @@ def test_claims_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     claim_file(tmp_path, monkeypatch, *(function(*words) for words in functions))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ClaimError, match=message):
         claims()
+
+
+def test_a_claim_that_breaks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim_file(
+        tmp_path,
+        monkeypatch,
+        "@claim('X1', 'text.')",
+        "def broken(evidence):",
+        "    'doc'",
+        "    evidence.of('lstm', 'hf')[0].final('test_acuracy')",
+    )
+    broken = next(each for each in claims() if each.id == "X1")
+    expected = r"claim X1 \(.*extra_claims.py:\d+\): ValueError: metric=test_acuracy: must be one"
+    with pytest.raises(ClaimError, match=expected):
+        judge(broken, evidence())
 
 
 # The tuning study: one seed, and a validation split in place of the test set.

@@ -5,6 +5,7 @@ quantities.py  what is read off a curve
 evidence.py    the cells of a scale, and what was measured
 claims/        the paper's claims, each a small function with its definition
 verdicts.py    the rule by which a claim gets its verdict
+blocks.py      the cells of the study of blocks
 figures.py     the paper's figures and ours
 charts.py, interactive.py, assets/   the page's charts
 tuning.py      what the tuning study says

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 from bdhf.experiment import figures
-from bdhf.report.evidence import NAMES, Cell, Evidence, cells_of
+from bdhf.report.blocks import blocks_of, coloured
+from bdhf.report.evidence import NAMES, Cell, Evidence
 from bdhf.report.figures import AXES, color_of, style
 
 _DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
-_BLOCK_COLORS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 
 
 def data(evidence: Evidence, scale: str) -> dict[str, Any]:
     """All curves of the page, as ``assets/page.js`` takes them."""
     experiments = []
     for name, figure in figures().items():
-        cells = cells_of(evidence.cells, name)
+        cells = evidence.drawn(name)
         if cells:
             drawn = [
                 _cell(cell, color_of(cell.key.optimizer), _dash(cell, cells)) for cell in cells
@@ -26,36 +25,12 @@ def data(evidence: Evidence, scale: str) -> dict[str, Any]:
             experiments.append(_experiment(name, title, figure.panels, cells, drawn))
     if blocks := blocks_of(evidence):
         drawn = [
-            {**_cell(cell, color, "solid"), "size": _blocks(cell), "label": _blocks(cell)}
-            for cell, color in zip(blocks, itertools.cycle(_BLOCK_COLORS), strict=False)
+            {**_cell(cell, color, "solid"), "size": words, "label": words}
+            for cell, words, color in coloured(blocks)
         ]
         panels = {"train_loss": "training loss", "test_loss": "test loss"}
         experiments.append(_experiment("blocks", "Which blocks", panels, blocks, drawn))
     return {"scale": scale, "experiments": experiments}
-
-
-def blocks_of(evidence: Evidence) -> list[Cell]:
-    """HF, block-diagonal HF and the cells of the study of blocks; empty where it was not made."""
-    others = [cell for cell in evidence.others if cell.key.study == "blocks"]
-    if not others:
-        return []
-    first = others[0].key
-    shipped = [
-        cell
-        for optimizer in ("hf", "bdhf")
-        for cell in evidence.cells.get((first.experiment, optimizer), [])
-        if cell.key.batch_size == first.batch_size
-        and cell.key.curvature_batch_size == first.curvature_batch_size
-    ]
-    return shipped + sorted(others, key=lambda cell: cell.key.changed)
-
-
-def _blocks(cell: Cell) -> str:
-    changed = cell.key.changed.removeprefix("optimizer.blocks=")
-    kind, _, count = changed.rpartition("-")
-    if not changed:
-        return "HF: 1 block" if cell.key.optimizer == "hf" else "the experiment's blocks"
-    return f"{count} {kind} blocks" if kind else f"{count} blocks of layers"
 
 
 def _experiment(

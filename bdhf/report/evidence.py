@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from hydra.errors import HydraException
 
 from bdhf.config import TargetConfig
-from bdhf.experiment import experiment_names, shipped, target
+from bdhf.errors import ConfigError
+from bdhf.experiment import experiment_names, shipped_hashes, target
 from bdhf.record import read_table
 from bdhf.report import quantities
 from bdhf.report.quantities import Series
-from bdhf.report.table import CellKey, Curves, read_curves
+from bdhf.report.table import CellKey, Curves, read_curves, read_runs
 from bdhf.summary import is_better_higher
 from bdhf.training import DIVERGENCE_FACTOR
 
@@ -24,7 +25,7 @@ BySeed = dict[int, float]
 #: Where a goal was met, for each seed: after the first number, by the second.
 Brackets = dict[int, tuple[float, float]]
 
-#: Adam counts as at its plateau when its training loss went down by less than this share in the
+#: Adam counts as at its plateau when its training loss changed by less than this share in the
 #: second half of its run.
 PLATEAU = 0.05
 
@@ -59,7 +60,14 @@ class Cell:
         return self.curves.seeds
 
     def course(self, seed: int, metric: str) -> Series:
-        """A metric at ``curves.update``, the worst value from where the run diverged."""
+        """A metric at ``curves.update``, the worst value from where the run diverged.
+
+        Raises:
+            ValueError: there is no such metric.
+        """
+        if metric not in self.curves.columns:
+            known = ", ".join(self.curves.columns)
+            raise ValueError(f"metric={metric}: must be one of {known}")
         k = self.curves.seeds.index(seed)
         values = self.curves.columns[metric][k].copy()
         if self.curves.diverged[k]:
@@ -161,6 +169,36 @@ def side_by_side(
     return long.update[begun], {s: (whole(ours, s), whole(theirs, s)) for s in shared}
 
 
+def along(ours: Cell, theirs: Cell, x: str, metric: str) -> dict[int, tuple[float, float]]:
+    """By which share ours is below theirs at the same ``x``: on average, and at the end.
+
+    Between evaluations log curves are straight; the end is that of the shorter one. Seeds of which
+    one diverged are left out.
+    """
+    found = {}
+    for seed in ours.seeds:
+        if seed not in theirs.seeds:
+            continue
+        courses = [_course_over(cell, seed, x, metric) for cell in (ours, theirs)]
+        if not all(np.isfinite(values).all() for _, values in courses):
+            continue
+        stop = min(places[-1] for places, _ in courses)
+        places = np.unique(np.concatenate([places for places, _ in courses]))
+        places = places[(places > 0) & (places <= stop)]
+        own, other = (np.exp(np.interp(places, at, np.log(v))) for at, v in courses)
+        share = quantities.share_below_on_average(places, own, other)
+        found[seed] = share, share_below(float(own[-1]), float(other[-1]))
+    return found
+
+
+def _course_over(cell: Cell, seed: int, x: str, metric: str) -> tuple[Series, Series]:
+    values = cell.course(seed, metric)
+    known = ~np.isnan(values)
+    k = cell.seeds.index(seed)
+    places = cell.update if x == "update" else cell.curves.columns[x][k]
+    return places[known], values[known]
+
+
 def share_below(ours: float, theirs: float) -> float:
     """By which share ``ours`` is below ``theirs``; worst where only ours diverged."""
     if (math.isinf(ours) and math.isinf(theirs)) or theirs == 0:
@@ -213,9 +251,10 @@ class Evidence:
     """Everything that claims are judged on.
 
     Attributes:
-        cells: by experiment and optimizer, sorted by mini-batch and curvature mini-batch.
-        others: cells of the studies.
-        times, solves: rows of ``update_times.csv`` and ``cg_solves.csv``.
+        cells: those as shipped, by experiment and optimizer, sorted by mini-batch and curvature
+            mini-batch.
+        others: cells of the studies, of one's own settings, and of settings that shipped once.
+        times, solves: rows of ``update_times.csv`` and ``cg_solves.csv``, measured on ``cells``.
         targets: by experiment.
         planned: how many cells there should be, by experiment and optimizer.
     """
@@ -243,6 +282,12 @@ class Evidence:
                 f"{name} in experiment {experiment} has runs of {len(found)} of {planned} sizes"
             )
         return found
+
+    def drawn(self, experiment: str) -> list[Cell]:
+        """What its figures show: all but the studies' cells, in the order of their sizes."""
+        own = [cell for key, found in self.cells.items() if key[0] == experiment for cell in found]
+        more = [c for c in self.others if c.key.experiment == experiment and not c.key.study]
+        return sorted(own + more, key=lambda cell: _order(cell.key))
 
     def goal(self, experiment: str) -> TargetConfig:
         """The target of an experiment.
@@ -282,7 +327,8 @@ def unsettled(cells: Iterable[Cell]) -> str:
     """Why these Adam runs are not at their plateau; empty where they are."""
     words = []
     for cell in cells:
-        changes = cell.descent().values()
+        # A run that diverged will not come to one, and counts as worse than any.
+        changes = [change for change in cell.descent().values() if not math.isinf(change)]
         if not all(abs(change) < PLATEAU for change in changes):
             shown = ", ".join(_change_in_words(change) for change in changes)
             words.append(f"{cell}: {shown}")
@@ -293,9 +339,7 @@ def unsettled(cells: Iterable[Cell]) -> str:
 
 
 def _change_in_words(descent: float) -> str:
-    if math.isnan(descent):
-        return "unknown"
-    return "diverged" if math.isinf(descent) else f"{-descent:+.0%}"
+    return "unknown" if math.isnan(descent) else f"{-descent:+.0%}"
 
 
 #: Cells by experiment and optimizer.
@@ -305,14 +349,13 @@ Cells = dict[tuple[str, str], list[Cell]]
 def gather(curves: dict[CellKey, Curves]) -> Cells:
     """Cells by experiment and optimizer, in the order of their sizes."""
     found: Cells = {}
-    for key in sorted(curves, key=lambda k: (k.batch_size, k.curvature_batch_size or 0, k)):
+    for key in sorted(curves, key=_order):
         found.setdefault((key.experiment, key.optimizer), []).append(Cell(key, curves[key]))
     return found
 
 
-def cells_of(cells: Cells, experiment: str) -> list[Cell]:
-    """All cells of an experiment."""
-    return [cell for (name, _), found in cells.items() if name == experiment for cell in found]
+def _order(key: CellKey) -> tuple[str, int, int, CellKey]:
+    return key.optimizer, key.batch_size, key.curvature_batch_size or 0, key
 
 
 def read_evidence(results: Path, scale: str) -> Evidence:
@@ -322,20 +365,34 @@ def read_evidence(results: Path, scale: str) -> Evidence:
         TableError: there is no table of curves, or it is of an older version.
     """
     curves = read_curves(results, scale)
-    own = {key: curves[key] for key in curves if not (key.changed or key.study)}
-    return Evidence(
-        gather(own),
-        [Cell(key, value) for key, value in curves.items() if key not in own],
-        read_table(results / scale / "update_times.csv"),
-        read_table(results / scale / "cg_solves.csv"),
-        {name: target(name, scale) for name in experiment_names()},
-        {key: planned_cells(*key, scale) for key in {(k.experiment, k.optimizer) for k in curves}},
+    planned = {
+        key: planned_cells(*key, scale) for key in {(k.experiment, k.optimizer) for k in curves}
+    }
+    own, others = {}, []
+    for key, value in curves.items():
+        hashes = planned[key.experiment, key.optimizer]
+        if key.changed or key.study:
+            others.append(Cell(key, value))
+        elif hashes and key.settings not in hashes:
+            past = replace(key, changed=f"settings-before={key.settings}")
+            others.append(Cell(past, value))
+        else:
+            own[key] = value
+    folder = results / scale
+    settings = {key.settings for key in own}
+    made = {run["run"] for run in read_runs(folder) if run["settings"] in settings}
+    times, solves = (
+        [row for row in read_table(folder / name) if row["run"] in made]
+        for name in ("update_times.csv", "cg_solves.csv")
     )
+    targets = {name: target(name, scale) for name in experiment_names()}
+    counts = {key: len(hashes) for key, hashes in planned.items()}
+    return Evidence(gather(own), others, times, solves, targets, counts)
 
 
-def planned_cells(experiment: str, optimizer: str, scale: str) -> int:
-    """How many cells the configs have; 0 where they do not say."""
+def planned_cells(experiment: str, optimizer: str, scale: str) -> set[str]:
+    """Hashes of the cells that the configs have; empty where they do not say."""
     try:
-        return len(shipped(experiment, scale, optimizer)[1])
-    except (ValueError, HydraException):  # an experiment or optimizer that went away
-        return 0
+        return shipped_hashes(experiment, scale, optimizer)
+    except (ConfigError, ValueError, HydraException):  # something that went away
+        return set()

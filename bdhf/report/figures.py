@@ -18,8 +18,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from bdhf.config import FigureConfig
 from bdhf.experiment import figures
-from bdhf.report.evidence import Cell, cells_of, gather
-from bdhf.report.table import CellKey, Curves, read_curves
+from bdhf.report.blocks import blocks_of, coloured
+from bdhf.report.evidence import Cell, read_evidence
+from bdhf.report.table import CellKey, Curves
 
 #: Colours of Okabe and Ito (2008), which the colour-blind can tell apart.
 COLORS = {"adam": "#E69F00", "hf": "#0072B2", "bdhf": "#D55E00"}
@@ -39,25 +40,26 @@ def draw_figures(results: Path, scale: str) -> list[Path]:
     """Draw the figures of each experiment in ``results/<scale>/curves.csv``, as PNG and SVG.
 
     For each: the paper's arrangement (``figure1_autoencoder``), what a user pays (``_cost``), the
-    iterations of CG (``_cg``). And ``stability`` over all of them.
+    iterations of CG (``_cg``). And ``stability`` over all of them, ``blocks`` for their study.
     """
-    curves = read_curves(results, scale)
-    cells = gather({key: value for key, value in curves.items() if not key.study})
-    drawn = []
+    evidence = read_evidence(results, scale)
+    drawn, everything = [], []
     for name, figure in figures().items():
-        mine = cells_of(cells, name)
+        mine = evidence.drawn(name)
         if not mine:
             continue
+        everything += mine
         title = f"{figure.title} ({scale} scale; {_seeds(mine)})"
         stem = results / scale / f"figure{figure.number}_{name}"
         drawn += _save(_paper_figure(mine, figure, title), stem)
         drawn += _save(_cost_figure(mine, figure, title), stem.with_name(f"{stem.name}_cost"))
         if any(cell.key.curvature_batch_size for cell in mine):
             drawn += _save(_cg_figure(mine, title), stem.with_name(f"{stem.name}_cg"))
-    everything = [cell for found in cells.values() for cell in found]
-    if not everything:
-        return drawn
-    drawn += _save(_stability_figure(everything, scale), results / scale / "stability")
+    if everything:
+        drawn += _save(_stability_figure(everything, scale), results / scale / "stability")
+    if blocks := blocks_of(evidence):
+        title = f"Which blocks: autoencoder ({scale} scale; {_seeds(blocks)})"
+        drawn += _save(_blocks_figure(blocks, title), results / scale / "blocks")
     return drawn
 
 
@@ -110,6 +112,19 @@ def _cg_figure(cells: list[Cell], title: str) -> Figure:
 
     blocks = [f"updates (block {m.rsplit('_', 1)[1]}; HF has block 0 only)" for m in used]
     return _panels({"cg": "CG iterations"}, blocks, draw, title)
+
+
+def _blocks_figure(cells: list[Cell], title: str) -> Figure:
+    """Losses over the updates, by the choice of blocks."""
+
+    def draw(axis: Axes, metric: str, _: int) -> None:
+        for cell, label, color in coloured(cells):
+            _draw(axis, cell, "update", metric, label, color)
+        axis.set_xlim(left=0)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    panels = {"train_loss": "training loss", "test_loss": "test loss"}
+    return _panels(panels, ["updates"], draw, title)
 
 
 def _stability_figure(cells: list[Cell], scale: str) -> Figure:
@@ -192,6 +207,20 @@ def _plain_numbers(axis: Axis) -> None:
 
 
 def _plot(axis: Axes, cell: Cell, cells: list[Cell], x: str, metric: str) -> None:
+    """A cell in the colour of its optimizer and the style of its place among ``cells``."""
+    _draw(axis, cell, x, metric, str(cell), color_of(cell.key.optimizer), *style(cell, cells))
+
+
+def _draw(
+    axis: Axes,
+    cell: Cell,
+    x: str,
+    metric: str,
+    label: str,
+    color: str,
+    line: str = "-",
+    marker: str = "o",
+) -> None:
     """Mean over the seeds, with a band from the least to the greatest, as long as all go on.
 
     Where a seed diverged, a cross marks its end, and each seed has a thin line.
@@ -205,8 +234,6 @@ def _plot(axis: Axes, cell: Cell, cells: list[Cell], x: str, metric: str) -> Non
     shown = (places > 0) & np.isfinite(values).any(axis=0)
     if not shown.any():
         return
-    line, marker = style(cell, cells)
-    color, label = color_of(cell.key.optimizer), str(cell)
     lost = [seed for seed, reason in enumerate(curves.diverged) if reason]
     if lost:
         label += f"; {len(lost)} of {len(values)} diverged"

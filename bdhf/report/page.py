@@ -114,7 +114,7 @@ def _document(
         sections.introduction(folder, runs, verdicts),
         "## Verdicts",
         sections.verdict_table(verdicts),
-        *sections.figure_sections(evidence, scale),
+        *sections.figure_sections(evidence, folder),
         "## Each verdict",
         sections.rule(runs),
         *(sections.details(verdict) for verdict in verdicts),

@@ -33,16 +33,22 @@ def final(x: Series, values: Series) -> float:
     return float(values[-1] if np.isinf(values[-1]) else np.median(values[-count:]))
 
 
-def first_at(x: Series, values: Series, target: float, higher: bool = False) -> tuple[float, float]:
-    """Where the target is first met: not before the first of these two, by the second.
+#: A target is met where the median of so many values from there on meets it.
+LASTING_VALUES = 3
 
-    They are the last evaluation that misses it and the first that meets it. Where none does, they
-    are the end of the run and infinity, since a longer run might have; both are infinite where the
-    run diverged before.
+
+def first_at(x: Series, values: Series, target: float, higher: bool = False) -> tuple[float, float]:
+    """Where the target is first met, not by a jump: after the first of these two, by the second.
+
+    The second is the first evaluation that meets it as does the median of it and the two after it;
+    the first is the evaluation before. Where none does, they are the end of the run and infinity,
+    since a longer run might have; both are infinite where the run diverged before.
     """
     known = ~np.isnan(values)
     x, values = x[known], values[known]
-    met = values >= target if higher else values <= target
+    lasting = [np.median(values[k : k + LASTING_VALUES]) for k in range(len(values))]
+    worst = np.minimum(values, lasting) if higher else np.maximum(values, lasting)
+    met = worst >= target if higher else worst <= target
     if met.any():
         place = int(np.argmax(met))
         return float(x[max(place - 1, 0)]), float(x[place])
@@ -61,20 +67,21 @@ def share_lower(ours: Series, theirs: Series) -> float:
         return float(np.mean((ours < theirs) + 0.5 * (ours == theirs)))
 
 
-def log_area_between(x: Series, ours: Series, theirs: Series) -> float:
-    """The mean over ``x`` of log(theirs / ours): how far apart two log curves lie, on average.
+def share_below_on_average(x: Series, ours: Series, theirs: Series) -> float:
+    """By which share ``ours`` is below ``theirs``, averaged over ``x``: of the area between the
+    log curves.
 
-    0.1 means about ten per cent. Infinite where one of the two diverged, NaN where both did.
+    1 where only theirs diverged, minus infinite where only ours did, NaN where both did.
     """
     known = ~(np.isnan(ours) | np.isnan(theirs))
     we_lost, they_lost = bool(np.isinf(ours[known]).any()), bool(np.isinf(theirs[known]).any())
     if (we_lost and they_lost) or known.sum() < 2:
         return math.nan
     if we_lost or they_lost:
-        return -math.inf if we_lost else math.inf
+        return -math.inf if we_lost else 1.0
     gaps = np.log(theirs[known] / ours[known])
     width = x[known][-1] - x[known][0]
-    return float(trapezoid(gaps, x[known]) / width)
+    return -math.expm1(-float(trapezoid(gaps, x[known]) / width))
 
 
 def total_rise(values: Series) -> float:

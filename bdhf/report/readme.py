@@ -37,7 +37,7 @@ def _results(results: Path, scale: str) -> str:
         [
             f"![{figure.title}]({folder}/figure{figure.number}_{name}.png)",
             f"*{figure.title} at {scale} scale, {seeds} seeds; all figures, the numbers behind "
-            f"each verdict, deviations and tuning: [{folder}/report.md]({folder}/report.md), or "
+            f"each verdict, deviations, tuning: [{folder}/report.md]({folder}/report.md), or "
             f"`{folder}/report.html`, the same with charts that answer to the mouse.*",
             table,
         ]

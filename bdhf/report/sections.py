@@ -13,12 +13,12 @@ import numpy as np
 
 from bdhf.experiment import figures, shipped
 from bdhf.record import read_table
-from bdhf.report import charts
 from bdhf.report import verdicts as verdicts_module
-from bdhf.report.evidence import NAMES, PLATEAU, Cell, Evidence, cells_of
+from bdhf.report.blocks import blocks_of
+from bdhf.report.evidence import NAMES, PLATEAU, Cell, Evidence, UntestedError, along
 from bdhf.report.table import mixtures
 from bdhf.report.tuning import changes, moved_verdicts, trials
-from bdhf.report.verdicts import FIXED, Judged, Verdict
+from bdhf.report.verdicts import FIXED, PAPERS, Judged, Verdict
 
 OUTCOMES = {"holds": "holds", "fails": "does not hold", "untested": "not tested"}
 
@@ -51,12 +51,14 @@ def introduction(folder: Path, runs: Runs, verdicts: Sequence[Verdict]) -> str:
     seeds = {len({r["seed"] for r in runs if r["experiment"] == name and not r["study"]})
              for name in {run["experiment"] for run in runs}} - {0}  # fmt: skip
     scale = folder.name
+    papers = sum(verdict.claim.id in PAPERS for verdict in verdicts)
+    more = f" and {len(verdicts) - papers} of one's own" if papers < len(verdicts) else ""
     return (
-        f"Verdicts on the {len(verdicts)} claims of *Block-diagonal Hessian-free Optimization for "
-        f"Training Neural Networks* (Zhang, Xiong, Bradbury, Socher 2017): {', '.join(counts)}. "
-        f"{len(runs)} runs, {' or '.join(map(str, sorted(seeds)))} seeds an experiment, on "
-        f"{', '.join(devices)}. Everything below is made from the tables beside this page "
-        f"and the configs by `make figures report SCALE={scale}`; the runs by "
+        f"Verdicts on the {papers} claims of *Block-diagonal Hessian-free Optimization for "
+        f"Training Neural Networks* (Zhang, Xiong, Bradbury, Socher 2017){more}: "
+        f"{', '.join(counts)}. {len(runs)} runs, {' or '.join(map(str, sorted(seeds)))} seeds an "
+        f"experiment, on {', '.join(devices)}. Everything below is made from the tables beside "
+        f"this page and the configs by `make figures report SCALE={scale}`; the runs by "
         f"`make reproduce-all SCALE={scale}`."
     )
 
@@ -74,8 +76,9 @@ def rule(runs: Runs) -> str:
     begun = sum(datetime.fromisoformat(run["start"]) < fixed for run in runs)
     when = fixed.strftime("%Y-%m-%d %H:%M UTC")
     return (
-        f"{text}\n\nThe rule, the definitions and the thresholds are of {when}. Of the {len(runs)} "
-        f"runs here {begun} had begun before, and their curves may have been seen by then."
+        f"{text}\n\nThe rule, and definitions and thresholds of the paper's claims, are of "
+        f"{when}. Of the {len(runs)} runs here {begun} had begun before, and their curves may have "
+        "been seen by then."
     )
 
 
@@ -102,10 +105,11 @@ def _part_row(judged: Judged) -> tuple[str, str, str, str]:
     return part.what, part.values(), part.shown(part.least), outcome + reason
 
 
-def figure_sections(evidence: Evidence, scale: str) -> Iterator[str | Chart]:
+def figure_sections(evidence: Evidence, folder: Path) -> Iterator[str | Chart]:
     """Each experiment: its chart and its final values."""
+    scale = folder.name
     for name, figure in figures().items():
-        cells = cells_of(evidence.cells, name)
+        cells = evidence.drawn(name)
         if not cells:
             continue
         stem = f"figure{figure.number}_{name}"
@@ -115,9 +119,10 @@ def figure_sections(evidence: Evidence, scale: str) -> Iterator[str | Chart]:
             "CG iterations": f"{stem}_cg.png",
             "how much losses jump": "stability.png",
         }
-        more = "; ".join(f"[{words}]({path})" for words, path in links.items())
+        there = {words: path for words, path in links.items() if (folder / path).exists()}
+        more = "; ".join(f"[{words}]({path})" for words, path in there.items())
         words = f"{figure.title}: curves by optimizer and mini-batch"
-        yield Chart(name, words, f"{stem}.png", f"More of it: {more}.")
+        yield Chart(name, words, f"{stem}.png", f"More of it: {more}." if more else "")
         yield (
             f"Runs: `make reproduce-{name} SCALE={scale}`. Figures: `make figures SCALE={scale}`. "
             "Below: final values (medians over the last tenth of the updates), mean over the seeds "
@@ -125,6 +130,36 @@ def figure_sections(evidence: Evidence, scale: str) -> Iterator[str | Chart]:
             "what an update takes is measured separately."
         )
         yield _final_values(cells, list(figure.panels))
+        if any(lost for cell in cells for lost in cell.curves.diverged):
+            yield (
+                "Where a seed diverged, the figure has a thin line for each seed and a cross at "
+                "its end; the thick line is the mean as long as all go on."
+            )
+        yield from _equal_work(evidence, name)
+
+
+def _equal_work(evidence: Evidence, experiment: str) -> Iterator[str]:
+    """Block-diagonal HF against HF, at equal updates and at equal work."""
+    try:
+        pairs = evidence.pairs(experiment)
+    except UntestedError:
+        return
+    yield (
+        "By which share the training loss of block-diagonal HF is below HF's, the log curves "
+        "averaged over the updates, or over the work, as long as both go on; and at the end of "
+        "that. For each seed in which neither diverged."
+    )
+    rows = []
+    for ours, theirs in pairs:
+        row = [f"mini-batch {ours.key.batch_size}, curvature {ours.key.curvature_batch_size}"]
+        for x in ("update", "gradient_equivalents"):
+            found = along(ours, theirs, x, "train_loss").values()
+            for shares in zip(*found, strict=True):
+                row.append(", ".join(f"{share:.1%}" for share in shares))
+            if not found:
+                row += ["", ""]
+        rows.append(row)
+    yield _table(("", "by updates", "at the end", "by gradient equivalents", "at the end"), rows)
 
 
 def _final_values(cells: Sequence[Cell], panels: Sequence[str]) -> str:
@@ -133,9 +168,8 @@ def _final_values(cells: Sequence[Cell], panels: Sequence[str]) -> str:
     for cell in cells:
         row = [plain(str(cell)), f"{cell.update[-1]:.0f}"]
         for metric in ("epoch", "gradient_equivalents", "seconds"):
-            row.append(
-                _spread([float(np.nanmax(v)) for v in cell.curves.columns[metric]], "{:.3g}")
-            )
+            ran = zip(cell.curves.columns[metric], cell.curves.diverged, strict=True)
+            row.append(_spread([float(np.nanmax(v)) for v, why in ran if not why], "{:.3g}"))
         for metric in columns:
             values = [value for value in cell.final(metric).values() if math.isfinite(value)]
             percent = metric.endswith("accuracy")
@@ -159,13 +193,13 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 def measurements(evidence: Evidence, scale: str) -> Iterator[str | Chart]:
     """Blocks, update times and CG without a cap, as far as they were made."""
-    blocks = charts.blocks_of(evidence)
+    blocks = blocks_of(evidence)
     if blocks:
         yield "## Which blocks"
-        yield Chart("blocks", "Training error by the choice of blocks")
+        yield Chart("blocks", "Losses by the choice of blocks", "blocks.png")
         yield (
             "The autoencoder with other blocks (H1): so many of layers, or drawn at random, scalar "
-            f"by scalar. `make study STUDY=blocks SCALE={scale}`."
+            f"by scalar. `make reproduce-autoencoder OVERRIDES=study=blocks SCALE={scale}`."
         )
         yield _final_values(blocks, [])
     if evidence.times:
@@ -223,9 +257,10 @@ def _solve_table(solves: Sequence[dict[str, str]]) -> str:
 def tuning(evidence: Evidence, scale: str) -> Iterator[str]:
     """The trials, and how the claims would come out with the best."""
     known = trials(evidence)
-    if not known:
-        return
     yield "## Tuning"
+    if not known:
+        yield f"Nothing was tuned at this scale; `make tune SCALE={scale}` does it."
+        return
     yield (
         "One factor at a time, on samples held out of the training set: the test set was not "
         "looked at. Budgets and trials: [tuning.yaml](../../configs/studies/tuning.yaml). "
@@ -237,7 +272,8 @@ def tuning(evidence: Evidence, scale: str) -> Iterator[str]:
             score = group.score(cell)
             percent = group.metric.endswith("accuracy")
             shown = f"{100 * score:.1f}" if percent else f"{score:.4g}"
-            shown = shown if math.isfinite(score) else "diverged"
+            if not math.isfinite(score):
+                shown = "not evaluated" if math.isnan(score) else "diverged"
             shown = f"**{shown}**" if cell is group.best else shown
             change = plain(changes(cell)) or "as shipped"
             rows.append(
@@ -246,8 +282,8 @@ def tuning(evidence: Evidence, scale: str) -> Iterator[str]:
     yield _table(("experiment", "optimizer", "changed", "validation"), rows)
     yield (
         "How the claims would come out on these runs: parts that hold, of one seed, with Adam at "
-        "whatever it had reached, so these are no verdicts. Claims about several mini-batches are "
-        "not among them: one size was tuned."
+        "whatever it had reached, so these are no verdicts. One mini-batch was tuned: claims about "
+        "several are judged on it alone, or, where they compare them, are not among these."
     )
     moved = [
         (claim.id, claim.text, *(count or "not tuned" for count in counts))
@@ -320,7 +356,7 @@ def circumstances(results: Path, scale: str, runs: Runs) -> Iterator[str]:
         groups.setdefault(tuple(run[key] for key in keys), []).append(run)
     seconds = _seconds_of(results, scale)
     rows = [
-        [*group[:4], group[4][:10], group[5], str(len(mine)),
+        [*map(plain, group[:4]), plain(group[4][:10]), plain(group[5]), str(len(mine)),
          f"{sum(seconds[run['run']] for run in mine) / 3600:.2f}",
          max((run["peak_memory_mib"] for run in mine), key=float)]
         for group, mine in sorted(groups.items())
@@ -338,7 +374,10 @@ def circumstances(results: Path, scale: str, runs: Runs) -> Iterator[str]:
         if rows
         else "None of the runs in the table diverged."
     )
-    yield "A run that failed or was not finished is not in the table; `make plan` names it."
+    yield (
+        "A run that failed or was not finished is not in the table; where runs are made, "
+        "`make plan` names it."
+    )
     yield f"Every run, with its command and commit: [runs.csv](runs.csv). ({scale} scale)"
 
 

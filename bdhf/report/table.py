@@ -7,6 +7,7 @@ nothing else: no run folder, no GPU, no network.
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from omegaconf import OmegaConf
 
 from bdhf.config import changed_settings, settings_hash
 from bdhf.errors import ConfigError
-from bdhf.experiment import shipped
+from bdhf.experiment import CONFIGS, shipped
 from bdhf.record import ENDED, number, read_metrics, read_provenance, read_table, write_table
 
 #: What was evaluated on whole data sets when a run had ended.
@@ -236,24 +237,58 @@ def read_curves(results: Path, scale: str) -> dict[CellKey, Curves]:
     folder = results / scale
     for path in (folder / "curves.csv", folder / "runs.csv"):
         if not path.exists():
-            raise TableError(f"{path} is not there; make collect SCALE={scale} writes it")
+            raise TableError(
+                f"{path} is not there; make collect SCALE={scale} writes it from run folders, "
+                f"make reproduce-all SCALE={scale} makes those (SCALE: {_scales()})"
+            )
     path = folder / "curves.csv"
     facts = {run["run"]: run for run in read_runs(folder)}
-    # The study is outside a run's hash: a run that somebody made by hand is the study's too.
-    studies = {run["settings"]: run["study"] for run in facts.values() if run["study"]}
+    # The study is outside a run's hash: a run that somebody made by hand is the study's too. One
+    # as shipped is a figure's, whatever it was made for.
+    studies = {r["settings"]: r["study"] for r in facts.values() if r["study"] and r["changed"]}
     runs: dict[CellKey, dict[int, list[dict[str, float | int | None]]]] = {}
     diverged: dict[tuple[CellKey, int], str] = {}
-    for row in read_table(path):
-        run = facts[row["run"]]
-        key, seed = _cell_of(run, studies.get(run["settings"], "")), int(row["seed"])
-        metrics = {k: number(v) for k, v in row.items() if k not in _IDENTITY}
+    ends = dict.fromkeys(facts, -1)
+    for line, row in enumerate(_rows(path), start=2):
+        try:
+            if None in row or None in row.values():
+                raise ValueError("not as many values as columns")
+            run = facts[row["run"]]
+            key, seed = _cell_of(run, studies.get(run["settings"], "")), int(row["seed"])
+            metrics = {k: number(v) for k, v in row.items() if k not in _IDENTITY}
+            if metrics["epoch"] is None or not ends[row["run"]] < (update := int(row["update"])):
+                raise ValueError("evaluations of a run must be in order, each once")
+        except (KeyError, TypeError, ValueError) as error:
+            raise TableError(f"{path}, line {line}: {error!r}; {_MEND}") from error
+        ends[row["run"]] = update
         runs.setdefault(key, {}).setdefault(seed, []).append(metrics)
         if run["status"] == "diverged":
             diverged[key, seed] = run["reason"]
+    for name, run in facts.items():
+        if run["status"] == "finished" and ends[name] != int(run["updates"]):
+            raise TableError(
+                f"{path}: run {name} ends at update {ends[name]}, by runs.csv at {run['updates']}; "
+                f"{_MEND}"
+            )
     return {
         key: _aligned(by_seed, [diverged.get((key, seed), "") for seed in by_seed])
         for key, by_seed in runs.items()
     }
+
+
+#: What to do about a damaged table.
+_MEND = "git checkout gets it back; or delete it and runs.csv, and make collect writes both"
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    try:
+        return read_table(path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise TableError(f"{path}: {error}; {_MEND}") from error
+
+
+def _scales() -> str:
+    return ", ".join(sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml")))
 
 
 def _cell_of(run: dict[str, str], study: str) -> CellKey:

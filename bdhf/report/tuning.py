@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from statistics import median
 
 from bdhf.experiment import figures
 from bdhf.report.evidence import NAMES, Cell, Evidence, UntestedError
@@ -20,7 +21,7 @@ class Trials:
 
     Attributes:
         metric: what is compared, on the validation split: the figure's last panel.
-        cells: the trials, each of one seed.
+        cells: the trials.
     """
 
     experiment: str
@@ -29,8 +30,8 @@ class Trials:
     cells: list[Cell]
 
     def score(self, cell: Cell) -> float:
-        """The final value on the validation split (median over the last tenth)."""
-        return next(iter(cell.final(self.metric).values()))
+        """The final value on the validation split, the median over the seeds."""
+        return median(cell.final(self.metric).values())
 
     @property
     def best(self) -> Cell:

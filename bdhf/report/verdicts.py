@@ -1,14 +1,15 @@
 """From claims to verdicts: the rule, fixed before looking.
 
 A claim has one or more parts, each an effect by seed. A part *holds* if the effect has the claimed
-sign in every seed, its median reaches the threshold stated with the part, and, from five seeds on,
-a bootstrap interval of its mean (95 %, BCa) lies above that threshold. A claim *holds* if all its
-parts do, *in part* if some do, and *does not hold* if none does. It is *not tested at this scale*
-where a part cannot be judged: fewer than three seeds, sizes that are missing, Adam not at its
-plateau (its training loss changed by 5 % or more in the second half of a run), a goal that neither
-side reached, or evaluations too far apart to tell when it was reached. A run that diverged (loss
-not finite, or above ten times the initial) counts as worse than any other from there on. Final
-values are medians over the last tenth of the updates, and over the last three evaluations at least.
+sign in every seed (a tie has not), its median reaches the threshold stated with the part, and, from
+five seeds on, a bootstrap interval of its mean (95 %, BCa) lies above that threshold. A claim
+*holds* if all its parts do, *in part* if some do, and *does not hold* if none does. It is *not
+tested at this scale* where a part cannot be judged: fewer than three seeds, sizes that are missing,
+Adam not at its plateau (its training loss changed by 5 % or more in the second half of a run), a
+goal that neither side reached, or evaluations too far apart to tell when it was reached. A run that
+diverged (loss not finite, or above ten times the initial) counts as worse than any other from there
+on. Final values are medians over the last tenth of the updates, and over the last three evaluations
+at least; a goal is reached where the median of three evaluations reaches it.
 """
 
 from __future__ import annotations
@@ -28,13 +29,17 @@ from bdhf.report.evidence import Brackets, Evidence, UntestedError
 
 #: When this rule, a definition or a threshold of a claim was last changed: runs that began before
 #: may have been seen by then.
-FIXED = "2026-11-23T22:50:00+00:00"
+FIXED = "2026-11-24T03:55:00+00:00"
 
 Outcome = Literal["holds", "fails", "untested"]
 Word = Literal["holds", "holds in part", "does not hold", "not tested at this scale"]
 
 #: Seeds that a verdict needs, and from how many on it needs a bootstrap interval too.
 LEAST_SEEDS, BOOTSTRAP_SEEDS = 3, 5
+
+
+class ClaimError(Exception):
+    """A claim whose function cannot be used; the message says where it is and why."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,12 @@ class Verdict:
     why: str = ""
 
 
+#: The paper's claims; others are of one's own.
+PAPERS = (
+    *("A1", "A2", "A3", "A4", "L1", "L2", "L3", "R1", "R2", "R3", "R4", "R5"),
+    *("T1", "T2", "S1", "H1"),
+)
+
 _CLAIMS: dict[str, Claim] = {}
 
 
@@ -138,10 +149,10 @@ def claim(
     def register(parts: Callable[[Evidence], list[Part]]) -> Callable[[Evidence], list[Part]]:
         known = _CLAIMS.get(id_)
         if known is not None and _place(known.parts) != _place(parts):
-            raise ValueError(f"claim {id_} is in {known.parts.__module__} already")
+            raise ClaimError(f"claim {id_} is in {known.parts.__module__} already")
         definition = " ".join((parts.__doc__ or "").split())
         if not definition:
-            raise ValueError(f"claim {id_}: its function needs a docstring, which defines it")
+            raise ClaimError(f"claim {id_}: its function needs a docstring, which defines it")
         _CLAIMS[id_] = Claim(id_, text, definition, parts)
         return parts
 
@@ -172,6 +183,13 @@ def judge(found: Claim, evidence: Evidence, least_seeds: int = LEAST_SEEDS) -> V
         judged = [judge_part(part, least_seeds) for part in found.parts(evidence)]
     except UntestedError as error:
         return Verdict(found, "not tested at this scale", [], str(error))
+    except Exception as error:  # whatever is wrong with a claim of one's own
+        code = found.parts.__code__
+        raise ClaimError(
+            f"claim {found.id} ({code.co_filename}:{code.co_firstlineno}): "
+            f"{type(error).__name__}: {error}. It must return a list of parts, or raise "
+            "UntestedError; bdhf/report/claims has examples"
+        ) from error
     if not judged:
         return Verdict(found, "not tested at this scale", [], "there is nothing to judge it on")
     outcomes = [part.outcome for part in judged]
@@ -190,24 +208,37 @@ def judge_part(part: Part, least_seeds: int = LEAST_SEEDS) -> Judged:
     low = _judge_exact(part, least_seeds)
     high = _judge_exact(replace(part, effects=part.at_most), least_seeds)
     if low.outcome == high.outcome:
-        return low
-    return Judged(part, "untested", f"{part.what}: evaluations are too far apart to tell")
+        return replace(high, part=part)  # its reason is true whatever the effects are
+    neither = any(
+        part.effects[seed] == 0 and math.isinf(part.at_most[seed]) for seed in part.effects
+    )
+    why = (
+        "neither side reached the goal in some seed"
+        if neither
+        else "evaluations are too far apart to tell"
+    )
+    return Judged(part, "untested", f"{part.what}: {why}")
 
 
 def _judge_exact(part: Part, least_seeds: int) -> Judged:
-    effects = np.array(list(part.effects.values()))
+    effects = np.array(list(part.effects.values()), np.float64)
     if part.untested:
         return Judged(part, "untested", part.untested)
     if len(effects) < least_seeds:
-        return Judged(part, "untested", f"{len(effects)} of the {least_seeds} seeds it needs")
-    if np.isnan(effects).any():
-        return Judged(part, "untested", f"{part.what}: undecided in some seed")
-    if not (effects >= part.neutral).all():
-        none = (effects < part.neutral).all()
+        seeds = f"{len(effects)} of the {least_seeds} seeds it needs"
+        return Judged(part, "untested", f"{part.what}: {seeds}")
+    # Where the threshold is no effect at all, to be level is what is claimed.
+    level = part.neutral == part.least
+    claimed = (effects >= part.neutral) if level else (effects > part.neutral)
+    undecided = np.isnan(effects)
+    if not (claimed | undecided).all():
+        none = not (claimed | undecided).any()
         return Judged(part, "fails", "in no seed" if none else "not in every seed")
+    if undecided.any():
+        return Judged(part, "untested", f"{part.what}: undecided in some seed")
     if median(effects) < part.least:
         return Judged(part, "fails", "below the threshold")
-    if len(effects) >= BOOTSTRAP_SEEDS and _bootstrap_low(effects) < part.least:
+    if len(effects) >= BOOTSTRAP_SEEDS and not _bootstrap_low(effects) >= part.least:
         return Judged(part, "fails", "the bootstrap interval reaches below the threshold")
     return Judged(part, "holds", "")
 
@@ -223,7 +254,7 @@ def _bootstrap_low(effects: np.ndarray) -> float:
     if not len(finite):
         return math.inf  # the other side diverged, or missed its goal, in every seed
     effects = np.minimum(effects, finite.max())
-    if np.ptp(effects) == 0:
+    if np.ptp(effects) <= 1e-12 * np.abs(effects).max():  # nothing but rounding
         return float(effects[0])
     interval = bootstrap((effects,), np.mean, rng=np.random.default_rng(0)).confidence_interval
     return float(interval.low)

@@ -18,7 +18,7 @@ from bdhf.report.evidence import (
     times_fewer,
     unsettled,
 )
-from bdhf.report.quantities import log_area_between, share_lower
+from bdhf.report.quantities import share_below_on_average, share_lower
 from bdhf.report.verdicts import Part
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ def lower_all_along(ours: Cell, theirs: Cell) -> list[Part]:
             ),
             Part(
                 f"{name}, {at}: below HF on average over the updates",
-                {s: log_area_between(updates, *pair) for s, pair in courses.items()},
+                {s: share_below_on_average(updates, *pair) for s, pair in courses.items()},
                 least=0.02,
             ),
         ]
