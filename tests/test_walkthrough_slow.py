@@ -91,5 +91,7 @@ def test_readme_adds_an_experiment_an_optimizer_and_a_claim(clone: Path) -> None
     with (folder / "verdicts.csv").open() as file:
         verdicts = {row["id"]: row for row in csv.DictReader(file)}
     assert len(verdicts) == 17
-    assert verdicts["M1"]["verdict"] in ("holds", "does not hold")
+    # Adam is still descending or not, on another machine's rounding; the part has its numbers.
+    assert "final test accuracy minus Adam's: " in verdicts["M1"]["parts"]
+    assert verdicts["M1"]["parts"].count(" points") >= 3
     assert "at least one point higher" in (folder / "report.md").read_text()
