@@ -759,7 +759,8 @@ def test_the_date_of_the_rule_is_renewed_with_it() -> None:
     ]
     text = "".join(texts).replace(verdicts.FIXED, "")
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    assert digest == "5a095ad4e0134a56", "a definition may have changed: set FIXED to now, then this"
+    # A definition may have changed: set FIXED to now, then this.
+    assert digest == "5a095ad4e0134a56"
 
 
 # The tuning study: one seed, and a validation split in place of the test set.
