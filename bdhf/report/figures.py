@@ -58,7 +58,7 @@ def draw_figures(results: Path, scale: str) -> list[Path]:
     if everything:
         drawn += _save(_stability_figure(everything, scale), results / scale / "stability")
     if blocks := blocks_of(evidence):
-        title = f"Which blocks: autoencoder ({scale} scale; {_seeds(blocks)})"
+        title = f"Which blocks: autoencoder\n({scale} scale; {_seeds(blocks)})"
         drawn += _save(_blocks_figure(blocks, title), results / scale / "blocks")
     return drawn
 
