@@ -382,7 +382,7 @@ def read_evidence(results: Path, scale: str) -> Evidence:
     settings = {key.settings for key in own}
     made = {run["run"] for run in read_runs(folder) if run["settings"] in settings}
     times, solves = (
-        [row for row in read_table(folder / name) if row["run"] in made]
+        [row for row in read_table(folder / name) if row.get("run") in made]
         for name in ("update_times.csv", "cg_solves.csv")
     )
     targets = {name: target(name, scale) for name in experiment_names()}

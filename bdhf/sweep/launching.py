@@ -203,9 +203,11 @@ def _end_with(parent: int) -> None:
     where its parent died while it was telling what to do next, for ever.
     """
 
+    never = threading.Event()
+
     def wait() -> None:
         while os.getppid() == parent:
-            time.sleep(_PAUSE)
+            never.wait(_PAUSE)
         with _at_work:
             os._exit(1)
 
