@@ -98,7 +98,13 @@ def test_a_sweep_in_two_slices_on_two_machines(bundle: ModuleType, tmp_path: Pat
     two.mkdir()
     os.link(kit, two / kit.name)
     lost = call(two, *hf, "--from", "nosuch.tar.gz")
-    assert lost.returncode == 1 and "nosuch.tar.gz could not be read" in lost.stderr
+    assert lost.returncode == 2 and "--from nosuch.tar.gz: there is no such file" in lost.stderr
+    broken = two / "broken.tar.gz"
+    broken.write_bytes(b"no archive")
+    lost = call(two, *hf, "--from", broken.name)
+    assert lost.returncode == 1 and "broken.tar.gz could not be read" in lost.stderr
+    lost = call(two, *hf, "results=elsewhere")
+    assert lost.returncode == 2 and "runs are kept in bdhf-kit/results" in lost.stderr
     third = call(
         two, "--from", str(one / "half.tar.gz"), *hf, "--measure", "--output", "out/runs.tar.gz"
     )
