@@ -123,7 +123,7 @@ def test_random_kills(tmp_path: Path, expected: dict[str, list[Row]]) -> None:
         if not at_work:
             break
     assert number == KILLS - 1, "all was made before the last kill: a longer sweep is needed"
-    damaged = cut_short_newest_checkpoint(tmp_path)
+    damaged = cut_short_newest_checkpoint(with_two_checkpoints(tmp_path))
     process = start(tmp_path, *TWO_AT_ONCE, updates=UPDATES)
     output = finish(process)
     assert process.returncode == 0
@@ -171,10 +171,27 @@ def test_repeated_at_once_after_the_death_of_the_sweep(
     finish(process)
 
 
-def cut_short_newest_checkpoint(results: Path) -> Path:
-    """Of an unfinished run that has an older one too."""
-    older = results.glob("runs/*/*/*/checkpoint.older.pt")
-    newest = max((path.with_name("checkpoint.pt") for path in older), key=os.path.getmtime)
+def with_two_checkpoints(results: Path) -> list[Path]:
+    """Unfinished runs that have an older checkpoint too; the sweep goes on until there are some.
+
+    A run that was killed soon after it was taken up has one only.
+    """
+
+    def found() -> list[Path]:
+        return [path.parent for path in results.glob("runs/*/*/*/checkpoint.older.pt")]
+
+    while not found():
+        process = start(results, *TWO_AT_ONCE, updates=UPDATES)
+        while not found() and process.poll() is None:
+            time.sleep(0.01)
+        kill(process, "all, SIGKILL")
+        output = finish(process)
+        assert "12 runs: 12 finished" not in output, "a longer sweep is needed"
+    return found()
+
+
+def cut_short_newest_checkpoint(folders: list[Path]) -> Path:
+    newest = max((folder / "checkpoint.pt" for folder in folders), key=os.path.getmtime)
     os.truncate(newest, newest.stat().st_size // 2)
     return newest
 
