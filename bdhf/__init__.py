@@ -9,6 +9,8 @@ from bdhf.cg import CGResult, conjugate_gradient
 from bdhf.curvature import ggn_vector_product
 from bdhf.linearization import Linearizable
 from bdhf.optimizer import BlockDiagonalHF, BlockStep, StepReport
+from bdhf.placement import Team, balanced_teams
+from bdhf.ranks import RankLostError
 
 __version__ = "0.1.0"
 
@@ -17,7 +19,10 @@ __all__ = [
     "BlockStep",
     "CGResult",
     "Linearizable",
+    "RankLostError",
     "StepReport",
+    "Team",
+    "balanced_teams",
     "blocks_from_modules",
     "conjugate_gradient",
     "ggn_vector_product",

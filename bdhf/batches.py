@@ -25,11 +25,11 @@ _MODULE_OF: dict[Any, nn.Module] = {
 }
 
 
-def checked_batch(batch: Any, name: str = "batch") -> Batch:
-    """The pair in ``batch``; TypeError if it is none, ValueError if it is empty."""
+def checked_batch(batch: Any, name: str = "batch", may_be_empty: bool = False) -> Batch:
+    """The pair in ``batch``; TypeError if it is none, ValueError if it is empty and may not be."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise TypeError(f"{name} is a {type(batch).__name__}; give a pair (inputs, targets)")
-    for leaf in tree_leaves(batch[0]):
+    for leaf in [] if may_be_empty else tree_leaves(batch[0]):
         if isinstance(leaf, Tensor) and leaf.ndim and not len(leaf):
             raise ValueError(f"{name} is empty; give at least one row")
     return batch[0], batch[1]
@@ -91,48 +91,60 @@ def pieces(
     if micro_batch >= rows:
         yield 1.0, batch
         return
-    mean = _is_mean_over_rows(criterion, batch[1])
-    _refuse_batch_statistics(model)
+    mean = is_mean_over_rows(model, criterion, batch[1], "micro_batch")
     for start in range(0, rows, micro_batch):
         stop = min(start + micro_batch, rows)
-
-        def cut(tensor: Tensor, start: int = start, stop: int = stop) -> Tensor:
-            return tensor[start:stop] if tensor.ndim and tensor.shape[0] == rows else tensor
-
-        yield (stop - start) / rows if mean else 1.0, tree_map_only(Tensor, cut, batch)
+        yield (stop - start) / rows if mean else 1.0, cut(batch, start, stop)
 
 
-def _is_mean_over_rows(criterion: Criterion, targets: Any) -> bool:
-    """Whether the loss averages over the batch (True) or sums (False)."""
+def cut(batch: Batch, start: int, stop: int) -> Batch:
+    """Rows of a batch; tensors whose first dimension is not the batch's stay as they are."""
+    rows = row_count(batch)
+
+    def of_tensor(tensor: Tensor) -> Tensor:
+        return tensor[start:stop] if tensor.ndim and tensor.shape[0] == rows else tensor
+
+    found: Batch = tree_map_only(Tensor, of_tensor, batch)
+    return found
+
+
+def is_mean_over_rows(model: nn.Module, criterion: Criterion, targets: Any, asked: str) -> bool:
+    """Whether a batch's loss is the mean of its rows' (True) or their sum (False).
+
+    Raises:
+        ValueError: it is neither (see `pieces`), so the batch cannot be cut, which the argument
+            ``asked`` of `BlockDiagonalHF` asks for.
+    """
+    _refuse_batch_statistics(model, asked)
     criterion = loss_module(criterion)
     reduction = getattr(criterion, "reduction", None)
     if reduction == "sum":
         return False
     if reduction not in ("mean", "batchmean"):
         raise ValueError(
-            f"micro_batch needs a criterion whose `reduction` is 'mean' or 'sum', and this one's "
-            f"is {reduction!r}; set criterion.reduction to what it does, or leave micro_batch out"
+            f"{asked} needs a criterion whose `reduction` is 'mean' or 'sum', and this one's "
+            f"is {reduction!r}; set criterion.reduction to what it does, or leave {asked} out"
         )
     if isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss)):
         # Their mean divides by the weight of the targets at hand, which differs between pieces.
         if criterion.weight is not None:
             raise ValueError(
-                "micro_batch with class weights under reduction='mean': the pieces would not add "
-                "up to the whole batch; use reduction='sum', or leave micro_batch out"
+                f"{asked} with class weights under reduction='mean': the pieces would not add "
+                f"up to the whole batch; use reduction='sum', or leave {asked} out"
             )
         if not targets.is_floating_point() and bool((targets == criterion.ignore_index).any()):
             raise ValueError(
-                f"micro_batch with targets equal to ignore_index={criterion.ignore_index} under "
+                f"{asked} with targets equal to ignore_index={criterion.ignore_index} under "
                 "reduction='mean': the pieces would not add up to the whole batch; use "
-                "reduction='sum', or leave micro_batch out"
+                f"reduction='sum', or leave {asked} out"
             )
     return True
 
 
-def _refuse_batch_statistics(model: nn.Module) -> None:
+def _refuse_batch_statistics(model: nn.Module, asked: str) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
-                f"micro_batch with batch norm in training ({name or type(module).__name__}): its "
-                "statistics would be those of a piece; call eval() on it, or leave micro_batch out"
+                f"{asked} with batch norm in training ({name or type(module).__name__}): its "
+                f"statistics would be those of a piece; call eval() on it, or leave {asked} out"
             )

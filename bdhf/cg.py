@@ -150,8 +150,8 @@ def conjugate_gradient(
 #: Rounds between two looks at which systems have stopped, by device.
 CHECK_EVERY = {"cpu": 1, "cuda": 8}
 
-_REASONS: tuple[StopReason, ...] = get_args(StopReason)
-_RUNNING, _CONVERGED, _PROGRESS, _CAP, _NEGATIVE, _NOT_FINITE = range(-1, len(_REASONS))
+REASONS: tuple[StopReason, ...] = get_args(StopReason)
+_RUNNING, _CONVERGED, _PROGRESS, _CAP, _NEGATIVE, _NOT_FINITE = range(-1, len(REASONS))
 
 
 class Systems:
@@ -164,6 +164,9 @@ class Systems:
     Args:
         b, x0, max_iter, tol, residual_tol, damping, check_every: see `conjugate_gradient`; at
             least one system.
+        agree: gets the inner products, one a system, and may write others there. Processes that
+            iterate the same systems have to take the same ones, or they would drift apart: a sum
+            may differ in its last digit with the place of a vector in memory.
     """
 
     def __init__(
@@ -175,6 +178,7 @@ class Systems:
         residual_tol: float | Sequence[float] = 0.0,
         damping: float | Sequence[float] = 0.0,
         check_every: int | None = None,
+        agree: Callable[[Tensor], None] = lambda dots: None,
     ) -> None:
         given = (_one_each(s, len(b)) for s in (max_iter, tol, residual_tol, damping))
         columns = (b, [None] * len(b) if x0 is None else x0, *given)
@@ -190,7 +194,7 @@ class Systems:
             check_every = CHECK_EVERY.get(self._device.type, 1)
         if check_every < 1:
             raise ValueError(f"check_every={check_every}; must be 1 or more, or None")
-        self._check_every = check_every
+        self._check_every, self._agree = check_every, agree
         self._dtype = functools.reduce(torch.promote_types, [s.b.dtype for s in rows], torch.bool)
         self._cap = max(s.max_iter for s in rows)
 
@@ -325,7 +329,7 @@ class Systems:
         counts = torch.stack((self._code, self._taken, self._asked), 1).tolist()
         values = self._value.tolist()
         return [
-            _result(x, _REASONS[code], taken, value, asked)
+            _result(x, REASONS[code], taken, value, asked)
             for x, (code, taken, asked), value in zip(self._x, counts, values, strict=True)
         ]
 
@@ -353,12 +357,14 @@ class Systems:
         """Inner products by system; 1 for one that has stopped, where nothing asks for it."""
         pairs = other if isinstance(other, dict) else dict(enumerate(other))
         filler = torch.ones((), dtype=self._dtype, device=self._device)
-        return torch.stack(
+        dots = torch.stack(
             [
                 torch.dot(v.reshape(-1), pairs[k].reshape(-1)).to(filler) if k in pairs else filler
                 for k, v in enumerate(one)
             ]
         )
+        self._agree(dots)
+        return dots
 
     def _row(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
         """A number for each system. Filled, not copied from the host, which waits."""

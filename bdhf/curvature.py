@@ -227,6 +227,14 @@ def unflattened(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
+def wide_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that holds all of them, single precision or wider."""
+    dtype = torch.float32
+    for p in parameters:
+        dtype = torch.promote_types(dtype, p.dtype)
+    return dtype
+
+
 def _wide(criterion: Criterion) -> Criterion:
     """The loss with class weights and the like in the precision that the outputs will have."""
     if not isinstance(criterion, nn.Module):

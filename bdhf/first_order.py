@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from bdhf import graphs
@@ -15,6 +17,7 @@ from bdhf.functional import RandomState, other_generators
 from bdhf.gradient import loss_and_gradient
 from bdhf.graphs import Fixed, Graphs, NoGraphError, Recordings, kind_of
 from bdhf.optimizer import StepReport
+from bdhf.ranks import Ranks
 
 #: Settings of torch's optimizers that say how they compute on this device, not what.
 _WAYS = ("foreach", "fused", "capturable")
@@ -36,10 +39,19 @@ class FirstOrder:
         cuda_graphs: on a GPU, record a step at the third of its kind and replay it from then on,
             as `BlockDiagonalHF` does; here a changed ``lr`` is another kind. Torch's Adam and its
             like need ``capturable=True`` for it.
+        process_group, sharded: ranks that split every mini-batch, as for `BlockDiagonalHF`.
     """
 
-    def __init__(self, optimizer: Optimizer, *, cuda_graphs: bool = False) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        cuda_graphs: bool = False,
+        process_group: ProcessGroup | DeviceMesh | None = None,
+        sharded: bool = True,
+    ) -> None:
         self.optimizer = optimizer
+        self.ranks = None if process_group is None else Ranks(process_group, sharded=sharded)
         # Torch warns of steps that could be captured and are not, as our first ones are not.
         optimizer._warned_capturable_if_run_uncaptured = True
         self.cuda_graphs = cuda_graphs
@@ -79,23 +91,29 @@ class FirstOrder:
         The loss is that before the update: a detached scalar on the device.
         """
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        device = parameters[0].device
+        ranks = self.ranks if self.ranks is not None and self.ranks.size > 1 else None
 
         def make(batch: Batch) -> tuple[Tensor, Tensor]:
-            loss = loss_and_gradient(model, criterion, batch, parameters, micro_batch)
+            if ranks is None:
+                loss = loss_and_gradient(model, criterion, batch, parameters, micro_batch)
+            else:
+                (counts,) = zip(*ranks.counts(device, batch), strict=True)
+                share = ranks.share(batch, counts)
+                loss = ranks.loss_and_gradient(model, criterion, share, parameters, micro_batch)
             gradients = [p.grad for p in parameters if p.grad is not None]
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
             self.optimizer.step()
             return loss, norm
 
-        device = parameters[0].device
-        if self.cuda_graphs and graphs.available(device):
+        if ranks is None and self.cuda_graphs and graphs.available(device):
             groups = [{**group, "params": len(group["params"])} for group in self.param_groups]
             settings = [groups, self._state(), micro_batch]
             loss, norm, path = self._replayed(model, criterion, settings, make, batch, parameters)
         else:
             loss, norm = make(batch)
-            path = "gradient"
-        self.last_step = StepReport([], norm, path)
+            path = "gradient" if ranks is None else f"gradient, {ranks}"
+        self.last_step = StepReport([], norm, path, ranks.traffic() if ranks else ())
         return loss
 
     def _state(self) -> list[Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from bdhf import graphs
@@ -16,6 +18,9 @@ from bdhf.batches import Batch, Criterion, checked_batch
 from bdhf.cg import StopReason
 from bdhf.graphs import NoGraphError, Recordings
 from bdhf.linearization import Linearizer
+from bdhf.placement import Placement, Team
+from bdhf.ranks import Collective, Ranks
+from bdhf.shared_update import SharedUpdate
 from bdhf.update import RecordedUpdate, Update
 
 
@@ -47,12 +52,14 @@ class StepReport:
             ``"traced"`` once for all updates, or, slower, by ``"autograd: ..."`` with the reason
             why the network could not be traced; with ``micro_batch``, ``", in pieces"``. With
             ``cuda_graphs`` on a GPU, from the third update of a kind on, ``", replayed"``, or
-            ``", not replayed: ..."`` and the reason.
+            ``", not replayed: ..."`` and the reason. With several ranks, which one this is.
+        traffic: the collectives of the update, where several ranks made it.
     """
 
     blocks: list[BlockStep]
     gradient_norm: Tensor
     path: str
+    traffic: tuple[Collective, ...] = ()
 
     @property
     def products(self) -> int:
@@ -88,12 +95,22 @@ class BlockDiagonalHF(Optimizer):
             on, which saves nearly all of the time that Python takes (up to most of an update, for
             small networks). Until the kind changes (another network or loss, other shapes, modes,
             settings but ``lr``), `step` does again what it did, whatever else may have changed in
-            network or loss. On a CPU it does nothing.
+            network or loss. On a CPU it does nothing, and with several ranks neither.
+        process_group: ranks that make every update together, a group of `torch.distributed` or a
+            mesh of one or two dimensions; the rows of the latter are teams. All call `step` alike,
+            and have the same weights and state afterwards. None: this process alone.
+        placement: which ranks solve which blocks. ``"counted"``: in teams, balanced by the
+            multiply-adds of a product with each block; ``"measured"``: by its time at the first
+            update; ``"data"``: all ranks solve all blocks, on parts of the curvature mini-batch.
+            Or a list of `Team`.
+        sharded: whether each rank passes `step` rows of its own, as with DDP; False: all pass the
+            same mini-batches, and each takes its part of them.
 
     The default values are this project's choices for the paper's experiments.
 
     Raises:
-        ValueError: a setting is out of its range, or a parameter is complex.
+        ValueError: a setting is out of its range, a parameter is complex, or there is no such
+            process group or placement.
     """
 
     def __init__(
@@ -106,7 +123,14 @@ class BlockDiagonalHF(Optimizer):
         cg_momentum: float = 0.95,
         *,
         cuda_graphs: bool = False,
+        process_group: ProcessGroup | DeviceMesh | None = None,
+        placement: Placement | Sequence[Team] = "counted",
+        sharded: bool = True,
     ) -> None:
+        #: The ranks that make updates together; None: this process alone.
+        self.ranks: Ranks | None = None
+        if process_group is not None:
+            self.ranks = Ranks(process_group, placement, sharded)
         #: What the last update did (a `StepReport`); None before the first.
         self.last_step: StepReport | None = None
         #: Whether updates are recorded and replayed on a GPU.
@@ -125,6 +149,7 @@ class BlockDiagonalHF(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.last_step, self.cuda_graphs = None, getattr(self, "cuda_graphs", False)
+        self.ranks = getattr(self, "ranks", None)  # a copy or a pickle is of one process
         self._forget()
 
     def _forget(self) -> None:
@@ -185,25 +210,22 @@ class BlockDiagonalHF(Optimizer):
         _check_arguments(model if closure is None else closure, criterion, batch, curvature_batch)
         assert model is not None
         assert criterion is not None
+        shared = self.ranks is not None and self.ranks.size > 1
+        may_be_empty = self.ranks is not None and shared and self.ranks.sharded
         if batch is not None:
-            batch = checked_batch(batch, "batch")
+            batch = checked_batch(batch, "batch", may_be_empty)
         if curvature_batch is None:
             assert batch is not None
             curvature_batch = batch
         else:
-            curvature_batch = checked_batch(curvature_batch, "curvature_batch")
+            curvature_batch = checked_batch(curvature_batch, "curvature_batch", may_be_empty)
         groups, blocks = self._trainable_blocks(model)
-        update = Update(
-            model,
-            criterion,
-            batch,
-            curvature_batch,
-            groups,
-            blocks,
-            self.state,
-            micro_batch,
-            self._linearizer,
-        )
+        what = model, criterion, batch, curvature_batch, groups, blocks, self.state
+        how = micro_batch, self._linearizer
+        if self.ranks is not None and shared:
+            update: Update = SharedUpdate(*what, *how, self.ranks)
+        else:
+            update = Update(*what, *how)
         update, path = self._made(update)
         # A recording's memory is used again.
         loss = None if update.loss is None else update.loss.clone()
@@ -213,15 +235,17 @@ class BlockDiagonalHF(Optimizer):
             for group, r in zip(groups, update.finish(), strict=True)
         }
         steps = [solved.get(id(group), _FROZEN) for group in self.param_groups]
-        self.last_step = StepReport(steps, norm, path)
+        traffic = () if self.ranks is None else self.ranks.traffic()
+        self.last_step = StepReport(steps, norm, path, traffic)
         return loss
 
     def _made(self, update: Update) -> tuple[Update, str]:
         """The update but for its last step, replayed where that is possible, and its path."""
         device = update.parameters[0].device
-        if not (self.cuda_graphs and graphs.available(device)):
+        together = isinstance(update, SharedUpdate)
+        if together or not (self.cuda_graphs and graphs.available(device)):
             update.make()
-            return update, update.matrix.path
+            return update, update.path
         kind: Hashable = None
         try:
             kind = update.kind()
@@ -230,15 +254,15 @@ class BlockDiagonalHF(Optimizer):
                 made = recorded.made(update)
                 if recorded.trouble is not None:
                     self._recordings.give_up(kind, recorded.trouble)
-                return made, f"{made.matrix.path}, replayed"
+                return made, f"{made.path}, replayed"
             update.make_watched()
-            return update, update.matrix.path
+            return update, update.path
         except NoGraphError as error:
             why = str(error)
             self._recordings.give_up(kind, why)
         if not update.is_made:
             update.make()
-        return update, f"{update.matrix.path}, not replayed: {why}"
+        return update, f"{update.path}, not replayed: {why}"
 
     def _trainable_blocks(
         self, model: nn.Module

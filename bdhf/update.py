@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bdhf.batches import Batch, Criterion
 from bdhf.cg import CGResult, Systems
-from bdhf.curvature import GaussNewton, flattened, unflattened
+from bdhf.curvature import GaussNewton, flattened, unflattened, wide_dtype
 from bdhf.functional import RandomState, other_generators
 from bdhf.gradient import loss_and_gradient
 from bdhf.graphs import Fixed, Graphs, NoGraphError, kind_of, watched
@@ -82,48 +82,78 @@ class Update:
         """Compute the gradient, linearise, and start the systems."""
         random_state = RandomState.capture(self.parameters)
         if self.batch is not None:
-            self.loss = loss_and_gradient(
-                self.model, self.criterion, self.batch, self.parameters, self.micro_batch
-            )
+            self.loss = self.loss_and_gradient(self.batch)
             self._draws = not RandomState.capture(self.parameters).equals(random_state)
         elif all(p.grad is None for p in self.parameters):
             raise ValueError(
                 "batch=None uses the gradients in p.grad, and there are none; "
                 "call loss.backward() first, or pass a batch"
             )
-        # Linearised from the same random state: on the same batch, gradient and curvature then
-        # see the same dropout masks.
-        self.matrix = GaussNewton(
-            self.model,
-            self.criterion,
-            self.curvature_batch,
-            self.blocks,
-            self.micro_batch,
-            random_state,
-            self.linearizer,
-        )
         descents = [_flat_gradient(block).neg_() for block in self.blocks]
         norms = torch._foreach_norm(descents)
         self.gradient_norm = torch.linalg.vector_norm(
             torch.stack([n.to(norms[0].device) for n in norms])
         )
-        pairs = zip(self.groups, self.blocks, descents, strict=True)
-        self.systems = Systems(
-            descents,
-            [self._warm_start(group, block, descent) for group, block, descent in pairs],
-            max_iter=[group["cg_max_iter"] for group in self.groups],
-            tol=[group["cg_tol"] for group in self.groups],
-            damping=[group["damping"] for group in self.groups],
+        self.start(descents, random_state)
+
+    def loss_and_gradient(self, batch: Batch) -> Tensor:
+        """Write the gradient to ``p.grad``, and return the loss."""
+        return loss_and_gradient(
+            self.model, self.criterion, batch, self.parameters, self.micro_batch
         )
+
+    def start(self, descents: list[Tensor], random_state: RandomState) -> None:
+        """Linearise, and start the systems ``(G_bb + λI) Δ = -g_b`` from these right-hand sides."""
+        self.matrix = self.linearized(self.curvature_batch, self.blocks, random_state)
+        self.systems = self.systems_of(range(len(self.blocks)), descents)
         self.systems.start(self.matrix.products)
+
+    def linearized(
+        self, batch: Batch, blocks: list[list[nn.Parameter]], random_state: RandomState
+    ) -> GaussNewton:
+        """The curvature of these blocks on a batch.
+
+        Linearised from the random state before the gradient: on the same batch, gradient and
+        curvature then see the same dropout masks.
+        """
+        return GaussNewton(
+            self.model,
+            self.criterion,
+            batch,
+            blocks,
+            self.micro_batch,
+            random_state,
+            self.linearizer,
+        )
+
+    def systems_of(self, blocks: Sequence[int], descents: list[Tensor], **more: Any) -> Systems:
+        """The systems of some of the blocks, not started yet."""
+        groups = [self.groups[k] for k in blocks]
+        return Systems(
+            [descents[k] for k in blocks],
+            [self._warm_start(self.groups[k], self.blocks[k], descents[k]) for k in blocks],
+            max_iter=[group["cg_max_iter"] for group in groups],
+            tol=[group["cg_tol"] for group in groups],
+            damping=[group["damping"] for group in groups],
+            **more,
+        )
+
+    @property
+    def path(self) -> str:
+        """How products were computed (see `StepReport.path`)."""
+        return self.matrix.path
 
     def round(self, active: list[int]) -> None:
         """One CG iteration of the blocks that are ``active``."""
         self.systems.round(self.matrix.products, active)
 
+    def solved(self) -> list[CGResult]:
+        """What was found for each block."""
+        return self.systems.results()
+
     def finish(self) -> list[CGResult]:
         """Step along the solutions, and keep them for the next warm start."""
-        results = self.systems.results()
+        results = self.solved()
         for group, block, solved in zip(self.groups, self.blocks, results, strict=True):
             changes = unflattened(solved.solution, block)
             torch._foreach_add_(list[Tensor](block), changes, alpha=group["lr"])
@@ -231,7 +261,5 @@ class RecordedUpdate:
 
 def _flat_gradient(block: list[nn.Parameter]) -> Tensor:
     """The block's gradient as one vector, in single precision or wider."""
-    dtype = torch.float32
-    for p in block:
-        dtype = torch.promote_types(dtype, p.dtype)
-    return flattened([torch.zeros_like(p) if p.grad is None else p.grad for p in block], dtype)
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in block]
+    return flattened(found, wide_dtype(block))

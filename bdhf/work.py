@@ -11,7 +11,7 @@ import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,9 @@ from bdhf.curvature import GaussNewton
 from bdhf.functional import RandomState
 from bdhf.gradient import loss_and_gradient
 from bdhf.linearization import Linearizer
-from bdhf.optimizer import StepReport
+
+if TYPE_CHECKING:
+    from bdhf.optimizer import StepReport
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,357 @@
+"""The ranks of `torch.distributed` that make updates together, and what is said between them."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_map_only
+
+from bdhf.batches import Batch, Criterion, cut, is_mean_over_rows, row_count
+from bdhf.curvature import flattened, unflattened, wide_dtype
+from bdhf.functional import unwrapped
+from bdhf.gradient import loss_and_gradient
+from bdhf.placement import Placement, Team, balanced_blocks, balanced_teams, check_teams
+
+
+class RankLostError(RuntimeError):
+    """Another rank is gone, or was silent for longer than the process group's time-out."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """The collectives of one kind in an update, as this rank took part in them.
+
+    Attributes:
+        kind: ``all_reduce``, ``broadcast`` or ``all_gather``.
+        ranks: how many took part in each.
+        calls: how many there were.
+        bytes: of the tensors that came out of them, all together; what goes over the wires depends
+            on the backend's algorithm.
+    """
+
+    kind: str
+    ranks: int
+    calls: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's rows of a mini-batch.
+
+    Attributes:
+        batch: its inputs and targets, which may be empty.
+        rows: how many they are.
+        total: rows of all who share the mini-batch.
+    """
+
+    batch: Batch
+    rows: int
+    total: int
+
+    def weight(self, model: nn.Module, criterion: Criterion) -> float:
+        """With it, the losses of all shares add up to the loss of the mini-batch."""
+        mean = is_mean_over_rows(model, criterion, self.batch[1], "process_group")
+        return self.rows / self.total if mean else 1.0
+
+
+class Ranks:
+    """The ranks that make updates together.
+
+    Args:
+        process_group: the ranks, or a mesh of them; the rows of a mesh of two dimensions are teams.
+        placement: who solves which blocks (`bdhf.placement`), or the teams.
+        sharded: whether each rank is given rows of its own; False: all are given the same
+            mini-batches, and each takes its part.
+
+    Attributes:
+        rank, size: this rank's place, and how many there are.
+        sharded: as above.
+
+    Raises:
+        ValueError: an argument is of no use; the message says which.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | DeviceMesh,
+        placement: Placement | Sequence[Team] = "counted",
+        sharded: bool = True,
+    ) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(
+                "process_group is given, and torch.distributed is not initialised; call "
+                "torch.distributed.init_process_group() first, in a script started by torchrun"
+            )
+        self._rows: list[tuple[int, ...]] = []  # of a mesh
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        if isinstance(process_group, DeviceMesh):
+            group = self._of_mesh(process_group)
+        else:
+            group = process_group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError("process_group does not hold this process; give one that does")
+        self._group, self._placement, self.sharded = group, placement, sharded
+        self._groups[tuple(range(self.size))] = group
+        self._check_placement()
+        self._teams: dict[Any, list[Team]] = {}  # by the blocks' shapes
+        self._said: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def _of_mesh(self, mesh: DeviceMesh) -> dist.ProcessGroup:
+        """All ranks of the mesh; with two dimensions, its rows are teams that have their groups."""
+        if mesh.ndim == 1:
+            return mesh.get_group()
+        if mesh.ndim != 2:
+            raise ValueError(
+                f"process_group is a mesh of {mesh.ndim} dimensions; it must have one, or two: "
+                "teams of ranks, and the ranks of a team"
+            )
+        rows: list[list[int]] = mesh.mesh.tolist()
+        everyone = sorted(rank for row in rows for rank in row)
+        if everyone == list(range(dist.get_world_size())):
+            group: Any = dist.group.WORLD
+        else:
+            group = dist.new_group(everyone, use_local_synchronization=True)
+        for row in rows:
+            places = tuple(dist.get_group_rank(group, rank) for rank in row)
+            self._rows.append(places)
+            if dist.get_rank() in row:
+                self._groups[places] = mesh.get_group(1)
+        return group
+
+    def _check_placement(self) -> None:
+        names = get_args(Placement)
+        if isinstance(self._placement, str):
+            if self._placement not in names:
+                raise ValueError(
+                    f"placement={self._placement!r}; must be one of {', '.join(names)}, or a list "
+                    "of bdhf.Team"
+                )
+            if self._rows and self._placement == "data":
+                raise ValueError(
+                    "placement='data' puts all ranks in one team, and process_group is a mesh of "
+                    f"{len(self._rows)} teams; give a mesh of one dimension"
+                )
+        else:
+            check_teams(self._placement, self.size)
+            if self._rows and {team.ranks for team in self._placement} != set(self._rows):
+                raise ValueError(
+                    f"placement has teams other than the rows of the mesh, {self._rows}; give a "
+                    "mesh of one dimension, or placement='counted'"
+                )
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.size}"
+
+    # Who does what.
+
+    def teams(
+        self,
+        blocks: Sequence[Sequence[nn.Parameter]],
+        costs: Callable[[bool], list[float]],
+        judge: int,
+    ) -> list[Team]:
+        """The teams for these blocks, the same on all ranks.
+
+        Args:
+            blocks: the blocks.
+            costs: called by rank ``judge`` alone, when blocks of these shapes are first met; it
+                gets whether they are to be measured.
+            judge: a rank that has rows.
+
+        Raises:
+            ValueError: the teams that were given do not fit the blocks.
+        """
+        key = tuple(tuple(p.shape for p in block) for block in blocks)
+        if key not in self._teams:
+            if isinstance(self._placement, str):
+                self._teams[key] = self._balanced(blocks, costs, judge)
+            else:
+                check_teams(self._placement, self.size, len(blocks))
+                self._teams[key] = list(self._placement)
+            self._connect(self._teams[key])
+        return self._teams[key]
+
+    def _balanced(
+        self,
+        blocks: Sequence[Sequence[nn.Parameter]],
+        costs: Callable[[bool], list[float]],
+        judge: int,
+    ) -> list[Team]:
+        everyone = tuple(range(self.size))
+        if not self._rows and (self._placement == "data" or len(blocks) == 1):
+            return [Team(tuple(range(len(blocks))), everyone)]
+        found = torch.zeros(len(blocks), dtype=torch.float64)
+        if self.rank == judge:
+            found += torch.tensor(costs(self._placement == "measured"), dtype=torch.float64)
+        found = found.to(blocks[0][0].device)
+        self.broadcast(found, judge)
+        if not self._rows:
+            return balanced_teams(found.tolist(), self.size)
+        packed = balanced_blocks(found.tolist(), len(self._rows))
+        return [Team(mine, ranks) for mine, ranks in zip(packed, self._rows, strict=True)]
+
+    def _connect(self, teams: Sequence[Team]) -> None:
+        """Make the groups of teams of several ranks."""
+        whole = self._group == dist.group.WORLD
+        for team in teams:
+            mine = self.rank in team.ranks
+            if len(team.ranks) == 1 or team.ranks in self._groups:
+                continue
+            # By torch's rule all processes take part in making a group, unless it is local.
+            if whole or mine:
+                ranks = [dist.get_global_rank(self._group, rank) for rank in team.ranks]
+                made: Any = dist.new_group(
+                    ranks, timeout=self._time_out(), use_local_synchronization=not whole
+                )
+                self._groups[team.ranks] = made
+
+    def _time_out(self) -> datetime.timedelta | None:
+        """The process group's own, where torch tells it; None: the backend's default."""
+        with suppress(AttributeError, RuntimeError):
+            kind = "cuda" if "nccl" in dist.get_backend(self._group) else "cpu"
+            backend: Any = self._group._get_backend(torch.device(kind))
+            found: datetime.timedelta = backend.options._timeout
+            return found
+        return None
+
+    def mine(self, teams: Sequence[Team]) -> Team:
+        """The team that this rank is in."""
+        return next(team for team in teams if self.rank in team.ranks)
+
+    # Mini-batches.
+
+    def counts(self, device: torch.device, *batches: Batch | None) -> list[list[int]]:
+        """For each rank its rows of each batch: its own ones, or its part; none of no batch."""
+        rows = [0 if batch is None else row_count(batch) for batch in batches]
+        if not self.sharded:
+            parts = [[_bounds(count, k, self.size) for count in rows] for k in range(self.size)]
+            return [[stop - start for start, stop in part] for part in parts]
+        found = [torch.zeros(len(rows), dtype=torch.int64, device=device) for _ in range(self.size)]
+        self._all_gather(found, torch.tensor(rows, device=device))
+        return torch.stack(found).tolist()
+
+    def share(self, batch: Batch, counts: Sequence[int]) -> Share:
+        """This rank's rows of a mini-batch that all ranks share."""
+        rows, total = counts[self.rank], sum(counts)
+        if total == 0:
+            raise ValueError("batch is empty on all ranks; give at least one row")
+        if not self.sharded:
+            first = sum(counts[: self.rank])
+            batch = cut(batch, first, first + rows)
+        return Share(batch, rows, total)
+
+    def share_in_team(self, batch: Batch, counts: Sequence[int], team: Team) -> Share:
+        """This rank's rows of a mini-batch that each team shares, with the whole of it."""
+        if len(team.ranks) == self.size:
+            return self.share(batch, counts)
+        if self.sharded:
+            batch = tree_map_only(Tensor, lambda leaf: self._whole(leaf, counts), batch)
+        total = sum(counts)
+        start, stop = _bounds(total, team.ranks.index(self.rank), len(team.ranks))
+        return Share(cut(batch, start, stop), stop - start, total)
+
+    def _whole(self, leaf: Tensor, counts: Sequence[int]) -> Tensor:
+        """All ranks' rows, one after the other; a tensor that has no rows stays as it is."""
+        if not leaf.ndim or leaf.shape[0] != counts[self.rank]:
+            return leaf
+        # Backends want equal sizes.
+        padded = leaf.new_zeros(max(counts), *leaf.shape[1:])
+        padded[: len(leaf)] = leaf
+        parts = [torch.empty_like(padded) for _ in counts]
+        self._all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def loss_and_gradient(
+        self,
+        model: nn.Module,
+        criterion: Criterion,
+        share: Share,
+        parameters: list[nn.Parameter],
+        micro_batch: int | None = None,
+    ) -> Tensor:
+        """As `bdhf.gradient.loss_and_gradient`, of a mini-batch that all ranks share."""
+        weight = share.weight(model, criterion)
+        loss = torch.zeros((), device=parameters[0].device)
+        gradients: list[Tensor] = [torch.zeros_like(p) for p in parameters]
+        if share.rows:
+            # Without DDP's hooks, which wait for a backward pass of their own.
+            network = unwrapped(model)
+            loss = loss_and_gradient(network, criterion, share.batch, parameters, micro_batch)
+            gradients = [p.grad for p in parameters if p.grad is not None]
+        dtype = wide_dtype(parameters)
+        summed = flattened([*gradients, loss], dtype).mul_(weight)
+        self.all_reduce(summed)
+        for p, gradient in zip(parameters, unflattened(summed[:-1], parameters), strict=True):
+            p.grad = gradient
+        return summed[-1].clone()
+
+    # What is said.
+
+    def all_reduce(self, tensor: Tensor, team: Team | None = None) -> None:
+        """Sum over the ranks of a team, or over all, in place."""
+        group = self._group_of(team)
+        with self._said_in("all_reduce", group, tensor):
+            dist.all_reduce(tensor, group=group)
+
+    def broadcast(self, tensor: Tensor, source: int, team: Team | None = None) -> None:
+        """Give rank ``source``'s values to the others of a team, or to all, in place."""
+        self.exchange([(tensor, source)], team)
+
+    def exchange(self, tensors: Sequence[tuple[Tensor, int]], team: Team | None = None) -> None:
+        """`broadcast` several tensors at once, each from a rank of its own."""
+        group = self._group_of(team)
+        under_way = []
+        for tensor, source in tensors:
+            place = dist.get_global_rank(self._group, source)
+            with self._said_in("broadcast", group, tensor):
+                under_way.append(dist.broadcast(tensor, place, group, async_op=True))
+        with self._failures_named("broadcast"):
+            for work in under_way:
+                if work is not None:
+                    work.wait()
+
+    def _all_gather(self, found: list[Tensor], own: Tensor) -> None:
+        with self._said_in("all_gather", self._group, *found):
+            dist.all_gather(found, own, group=self._group)
+
+    def _group_of(self, team: Team | None) -> dist.ProcessGroup:
+        return self._group if team is None else self._groups[team.ranks]
+
+    @contextmanager
+    def _said_in(self, kind: str, group: dist.ProcessGroup, *tensors: Tensor) -> Iterator[None]:
+        with self._failures_named(kind):
+            yield
+        key = kind, dist.get_world_size(group)
+        calls, size = self._said.get(key, (0, 0))
+        self._said[key] = calls + 1, size + sum(x.numel() * x.element_size() for x in tensors)
+
+    @contextmanager
+    def _failures_named(self, kind: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise RankLostError(
+                f"{self}: {kind} failed, since another rank is gone or "
+                f"did not answer in time: {lines[0]}"
+            ) from error
+
+    def traffic(self) -> tuple[Collective, ...]:
+        """The collectives since this was asked last."""
+        said, self._said = self._said, {}
+        return tuple(Collective(*key, *counts) for key, counts in said.items())
+
+
+def _bounds(rows: int, part: int, parts: int) -> tuple[int, int]:
+    """Where a part of so many rows begins and ends; the sizes of parts differ by one at most."""
+    return rows * part // parts, rows * (part + 1) // parts
