@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from hydra.core.config_store import ConfigStore
@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bdhf.data import TRAIN_ROWS
 from bdhf.errors import ConfigError, require
 from bdhf.methods import Method, settings_types
+from bdhf.placement import Placement
 
 
 @dataclass
@@ -103,6 +104,10 @@ class Config:
     cuda_graphs: bool = True
     threads: int | None = None
     micro_batch: int | None = None
+    # Under torchrun: which ranks solve which blocks (counted, measured or data; see
+    # `bdhf.BlockDiagonalHF`), and for how long one waits for another that does not answer.
+    placement: str = "counted"
+    collective_seconds: float = 600.0
     time_limit: float | None = None
     checkpoint_seconds: float = 60.0
     results: str = "results"
@@ -125,6 +130,8 @@ _OUTSIDE_THE_HASH = (
     "cuda_graphs",
     "threads",
     "micro_batch",
+    "placement",
+    "collective_seconds",
     "time_limit",
     "checkpoint_seconds",
     "results",
@@ -300,6 +307,11 @@ def _check_machine(config: Config) -> None:
     limit, pause = config.time_limit, config.checkpoint_seconds
     require(limit is None or limit > 0, "time_limit", limit, "a number of seconds, or null")
     require(pause >= 0, "checkpoint_seconds", pause, "0 or more")
+    patience = config.collective_seconds
+    require(0 < patience < 1e6, "collective_seconds", patience, "a number of seconds, below 1e6")
+    placements = get_args(Placement)
+    allowed = f"one of {', '.join(placements)}"
+    require(config.placement in placements, "placement", config.placement, allowed)
     modes = ("disabled", "offline", "online")
     require(
         config.wandb.mode in modes, "wandb.mode", config.wandb.mode, f"one of {', '.join(modes)}"

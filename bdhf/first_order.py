@@ -17,7 +17,7 @@ from bdhf.functional import RandomState, other_generators
 from bdhf.gradient import loss_and_gradient
 from bdhf.graphs import Fixed, Graphs, NoGraphError, Recordings, kind_of
 from bdhf.optimizer import StepReport
-from bdhf.ranks import Ranks
+from bdhf.ranks import ranks_of
 
 #: Settings of torch's optimizers that say how they compute on this device, not what.
 _WAYS = ("foreach", "fused", "capturable")
@@ -51,7 +51,7 @@ class FirstOrder:
         sharded: bool = True,
     ) -> None:
         self.optimizer = optimizer
-        self.ranks = None if process_group is None else Ranks(process_group, sharded=sharded)
+        self.ranks = ranks_of(process_group, sharded=sharded)
         # Torch warns of steps that could be captured and are not, as our first ones are not.
         optimizer._warned_capturable_if_run_uncaptured = True
         self.cuda_graphs = cuda_graphs
@@ -92,7 +92,7 @@ class FirstOrder:
         """
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         device = parameters[0].device
-        ranks = self.ranks if self.ranks is not None and self.ranks.size > 1 else None
+        ranks = self.ranks
 
         def make(batch: Batch) -> tuple[Tensor, Tensor]:
             if ranks is None:

@@ -19,7 +19,7 @@ from bdhf.cg import StopReason
 from bdhf.graphs import NoGraphError, Recordings
 from bdhf.linearization import Linearizer
 from bdhf.placement import Placement, Team
-from bdhf.ranks import Collective, Ranks
+from bdhf.ranks import Collective, Ranks, ranks_of
 from bdhf.shared_update import SharedUpdate
 from bdhf.update import RecordedUpdate, Update
 
@@ -128,9 +128,7 @@ class BlockDiagonalHF(Optimizer):
         sharded: bool = True,
     ) -> None:
         #: The ranks that make updates together; None: this process alone.
-        self.ranks: Ranks | None = None
-        if process_group is not None:
-            self.ranks = Ranks(process_group, placement, sharded)
+        self.ranks: Ranks | None = ranks_of(process_group, placement, sharded)
         #: What the last update did (a `StepReport`); None before the first.
         self.last_step: StepReport | None = None
         #: Whether updates are recorded and replayed on a GPU.
@@ -210,8 +208,7 @@ class BlockDiagonalHF(Optimizer):
         _check_arguments(model if closure is None else closure, criterion, batch, curvature_batch)
         assert model is not None
         assert criterion is not None
-        shared = self.ranks is not None and self.ranks.size > 1
-        may_be_empty = self.ranks is not None and shared and self.ranks.sharded
+        may_be_empty = self.ranks is not None and self.ranks.sharded
         if batch is not None:
             batch = checked_batch(batch, "batch", may_be_empty)
         if curvature_batch is None:
@@ -222,10 +219,9 @@ class BlockDiagonalHF(Optimizer):
         groups, blocks = self._trainable_blocks(model)
         what = model, criterion, batch, curvature_batch, groups, blocks, self.state
         how = micro_batch, self._linearizer
-        if self.ranks is not None and shared:
-            update: Update = SharedUpdate(*what, *how, self.ranks)
-        else:
-            update = Update(*what, *how)
+        update = (
+            Update(*what, *how) if self.ranks is None else SharedUpdate(*what, *how, self.ranks)
+        )
         update, path = self._made(update)
         # A recording's memory is used again.
         loss = None if update.loss is None else update.loss.clone()

@@ -315,7 +315,7 @@ class Ranks:
             place = dist.get_global_rank(self._group, source)
             with self._said_in("broadcast", group, tensor):
                 under_way.append(dist.broadcast(tensor, place, group, async_op=True))
-        with self._failures_named("broadcast"):
+        with failures_named(str(self)):
             for work in under_way:
                 if work is not None:
                     work.wait()
@@ -329,27 +329,40 @@ class Ranks:
 
     @contextmanager
     def _said_in(self, kind: str, group: dist.ProcessGroup, *tensors: Tensor) -> Iterator[None]:
-        with self._failures_named(kind):
+        with failures_named(str(self)):
             yield
         key = kind, dist.get_world_size(group)
         calls, size = self._said.get(key, (0, 0))
         self._said[key] = calls + 1, size + sum(x.numel() * x.element_size() for x in tensors)
 
-    @contextmanager
-    def _failures_named(self, kind: str) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise RankLostError(
-                f"{self}: {kind} failed, since another rank is gone or "
-                f"did not answer in time: {lines[0]}"
-            ) from error
-
     def traffic(self) -> tuple[Collective, ...]:
         """The collectives since this was asked last."""
         said, self._said = self._said, {}
         return tuple(Collective(*key, *counts) for key, counts in said.items())
+
+
+@contextmanager
+def failures_named(rank: str) -> Iterator[None]:
+    """A collective inside that fails says what that means, as `RankLostError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise RankLostError(
+            f"{rank}: another rank is gone, or did not answer in time: {lines[0]}"
+        ) from error
+
+
+def ranks_of(
+    process_group: dist.ProcessGroup | DeviceMesh | None,
+    placement: Placement | Sequence[Team] = "counted",
+    sharded: bool = True,
+) -> Ranks | None:
+    """The ranks of a group as `Ranks` takes it; None: this process is alone."""
+    if process_group is None:
+        return None
+    ranks = Ranks(process_group, placement, sharded)
+    return ranks if ranks.size > 1 else None
 
 
 def _bounds(rows: int, part: int, parts: int) -> tuple[int, int]:

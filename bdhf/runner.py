@@ -19,7 +19,9 @@ from bdhf.experiment import Experiment
 from bdhf.functional import RandomState
 from bdhf.machine import release_memory, use_machine
 from bdhf.optimizer import BlockStep, StepReport
+from bdhf.processes import ALONE, Processes
 from bdhf.progress import ProgressDisplay, say
+from bdhf.ranks import Collective
 from bdhf.record import RunFolder, sizes_in_short
 from bdhf.stopping import Stopping
 from bdhf.training import (
@@ -70,6 +72,7 @@ def run(
     shown: bool = True,
     label: str | None = None,
     load_images: Callable[[str, str, int | None], Images] | None = None,
+    processes: Processes = ALONE,
 ) -> Ended:
     """Make one run, or continue it, or find that it is finished.
 
@@ -81,10 +84,12 @@ def run(
         shown: whether its progress is displayed.
         label: the run in a few words, for that display; None: its `title`.
         load_images: stands in for `bdhf.data.load`, for a process that makes several runs.
+        processes: this one and those that `follow` it.
 
     Raises:
         DataError: the data set is missing or corrupt.
         ConfigError: the config is another experiment's, or does not fit the data set.
+        RankLostError: another process is gone.
     """
     require(
         config.experiment == experiment.name,
@@ -111,7 +116,7 @@ def run(
         if stopping is None:
             stopping = stack.enter_context(Stopping(config.time_limit))
         display = functools.partial(ProgressDisplay, label or title(config), shown=shown)
-        ended = _make(experiment, config, images, folder, stopping, command, display)
+        ended = _make(experiment, config, images, folder, stopping, command, display, processes)
     release_memory(device_of(config))  # for the next run of this process
     return ended
 
@@ -138,13 +143,16 @@ def _make(
     stopping: Stopping,
     command: str,
     display: Callable[[int, int], ProgressDisplay],
+    processes: Processes,
 ) -> Ended:
-    training = set_up(experiment, config, images)
-    folder.begin(config, _facts(config, images, training), command)
+    training = set_up(experiment, config, images, processes)
+    folder.begin(config, _facts(config, images, training, processes), command)
     with folder.failures_recorded():
         while True:
             _restore(folder, training)
-            outcome = _train(folder, training, config, stopping, display)
+            if not processes.alone:
+                processes.tell(_checkpoint(training))
+            outcome = _train(folder, training, config, stopping, display, processes)
             if outcome is not None:
                 break
             # Out of memory. A smaller piece gives the same gradient and products, to rounding.
@@ -163,12 +171,39 @@ def _make(
     return Ended(folder, outcome.status, reason, outcome.exit_code)
 
 
+def follow(experiment: Experiment, config: Config, processes: Processes) -> int:
+    """Make the updates of a run that another process leads (see `run`).
+
+    Returns:
+        The exit code that the leader asks for.
+
+    Raises:
+        RankLostError: another process is gone.
+    """
+    use_machine(config.threads, config.tf32)
+    word = processes.hear()
+    while not isinstance(word, int):
+        images = load(config.data.name, config.data.root, config.data.validation_rows)
+        training = set_up(experiment, config, images, processes)
+        _load(training, word)
+        while processes.goes_on():
+            training.update()
+        word = processes.hear()
+    return word
+
+
 def _smaller_piece(config: Config) -> int:
     return -(-(config.micro_batch or config.batch_size) // 2)
 
 
-def set_up(experiment: Experiment, config: Config, images: Images) -> Training:
-    """Model, data and optimizer. Streams of their own keep weights and data order apart."""
+def set_up(
+    experiment: Experiment, config: Config, images: Images, processes: Processes = ALONE
+) -> Training:
+    """Model, data and optimizer. Streams of their own keep weights and data order apart.
+
+    Raises:
+        ConfigError: the optimizer knows nothing of several processes, and there are.
+    """
     device = device_of(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -184,6 +219,11 @@ def set_up(experiment: Experiment, config: Config, images: Images) -> Training:
     blocks, optimizer = config.optimizer.make(model, experiment.blocks)
     if hasattr(optimizer, "cuda_graphs"):
         optimizer.cuda_graphs = config.cuda_graphs
+    if not processes.alone:
+        name, allowed = config.optimizer.name, "adam, hf or bdhf under torchrun"
+        require(hasattr(optimizer, "ranks"), "optimizer.name", name, allowed)
+        shared: Any = optimizer
+        shared.ranks = processes.ranks(config.placement)
     sample = problem.train[0][:_COUNTED_ROWS], problem.train[1][:_COUNTED_ROWS]
     work = count_work(model, problem.criterion, sample, [block["params"] for block in blocks])
     sizes = Sizes(
@@ -198,7 +238,9 @@ def set_up(experiment: Experiment, config: Config, images: Images) -> Training:
     return Training(problem, optimizer, sizes, config.seed, work, averaged)
 
 
-def _facts(config: Config, images: Images, training: Training) -> dict[str, Any]:
+def _facts(
+    config: Config, images: Images, training: Training, processes: Processes
+) -> dict[str, Any]:
     device = device_of(config)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
@@ -206,6 +248,7 @@ def _facts(config: Config, images: Images, training: Training) -> dict[str, Any]
         "device": gpu or str(device),
         "data": {"name": config.data.name, "source": images.source, "sha256": images.sha256},
         "seed": config.seed,
+        "ranks": processes.count,
         "parameters": sum(p.numel() for p in parameters),
         "work": asdict(training.work),
     }
@@ -215,26 +258,33 @@ def _restore(folder: RunFolder, training: Training) -> None:
     checkpoint = folder.load_checkpoint()
     if checkpoint is None:
         return
+    _load(training, checkpoint)
+    training.progress.evaluated = folder.last_row
+    if training.progress.update < training.sizes.updates:
+        folder.drop_rows_off_the_grid(training.sizes.evaluate_every)
+
+
+def _load(training: Training, checkpoint: dict[str, Any]) -> None:
+    """Go on from what `_checkpoint` returned."""
     training.problem.model.load_state_dict(checkpoint["model"])
     training.optimizer.load_state_dict(checkpoint["optimizer"])
     if training.averaged is not None:
         training.averaged.load_state_dict(checkpoint["averaged"])
     training.progress = Progress(**checkpoint["progress"])
-    training.progress.evaluated = folder.last_row
     training.optimizer.last_step = _report(checkpoint["last_step"])
     torch.set_rng_state(checkpoint["random_state"])
     if checkpoint["cuda_random_state"] is not None and torch.cuda.is_available():
         device = next(training.problem.model.parameters()).device
         torch.cuda.set_rng_state(checkpoint["cuda_random_state"], device)
-    if training.progress.update < training.sizes.updates:
-        folder.drop_rows_off_the_grid(training.sizes.evaluate_every)
 
 
 def _report(saved: dict[str, Any] | None) -> StepReport | None:
     """What the last update did, for a row of metrics that is yet to be made."""
     if saved is None:
         return None
-    return StepReport(**{**saved, "blocks": [BlockStep(**block) for block in saved["blocks"]]})
+    blocks = [BlockStep(**block) for block in saved["blocks"]]
+    traffic = tuple(Collective(**said) for said in saved.get("traffic", ()))
+    return StepReport(**{**saved, "blocks": blocks, "traffic": traffic})
 
 
 def _checkpoint(training: Training) -> dict[str, Any]:
@@ -258,6 +308,7 @@ def _train(
     config: Config,
     stopping: Stopping,
     make_display: Callable[[int, int], ProgressDisplay],
+    processes: Processes,
 ) -> Outcome | None:
     """Train; None where the GPU's memory ran out and a smaller `_smaller_piece` may do."""
     writer = _CheckpointWriter(folder, training, config.checkpoint_seconds)
@@ -278,12 +329,19 @@ def _train(
             display.update(training.progress.update)
             writer.write_if_due()
 
+        def stop() -> Outcome | None:
+            outcome = stopping()
+            processes.goes_on(outcome is None)
+            return outcome
+
         try:
-            outcome = training.run(on_row, on_update, stopping)
+            outcome = training.run(on_row, on_update, stop)
         except torch.OutOfMemoryError:
-            if config.micro_batch == 1:
+            if config.micro_batch == 1 or not processes.alone:  # the others may have had enough
                 raise
             return None
+    if outcome.status != "stopped":
+        processes.goes_on(False)
     # Kept for good, so that a larger budget can continue from here.
     writer.write()
     return outcome
@@ -318,6 +376,7 @@ def _close(folder: RunFolder, training: Training, outcome: Outcome, config: Conf
     facts: dict[str, Any] = {
         "micro_batch": config.micro_batch,
         "path": None if report is None else report.path,
+        "traffic": [] if report is None else [asdict(said) for said in report.traffic],
     }
     if outcome.status == "finished":
         problem = training.problem
