@@ -130,10 +130,11 @@ def joined(config: Config) -> Iterator[Processes]:
         timeout=datetime.timedelta(seconds=config.collective_seconds),
     )
     processes = Processes(dist.get_rank(), dist.get_world_size())
-    if not processes.leads:
-        # Of signals, which all of them get, the leader tells.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
+    # All get a signal, and the leader tells of it while it trains. When a process is gone torchrun
+    # sends SIGTERM to the others, which should still say what they found.
+    own = (signal.SIGTERM,) if processes.leads else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in own:
+        signal.signal(number, signal.SIG_IGN)
     # After an error nothing more is said: the others may be waiting for something else. They find
     # this process gone.
     yield processes

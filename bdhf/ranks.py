@@ -347,9 +347,10 @@ def failures_named(rank: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        why, _, _ = first.partition(". ")  # gloo goes on with advice
         raise RankLostError(
-            f"{rank}: another rank is gone, or did not answer in time: {lines[0]}"
+            f"{rank}: another rank is gone, or did not answer in time: {why}"
         ) from error
 
 
