@@ -98,8 +98,8 @@ class FirstOrder:
             if ranks is None:
                 loss = loss_and_gradient(model, criterion, batch, parameters, micro_batch)
             else:
-                (counts,) = zip(*ranks.counts(device, batch), strict=True)
-                share = ranks.share(batch, counts)
+                (counts,), mean = ranks.look_at(model, criterion, batch)
+                share = ranks.share(batch, counts, mean)
                 loss = ranks.loss_and_gradient(model, criterion, share, parameters, micro_batch)
             gradients = [p.grad for p in parameters if p.grad is not None]
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -50,17 +51,12 @@ class Share:
     Attributes:
         batch: its inputs and targets, which may be empty.
         rows: how many they are.
-        total: rows of all who share the mini-batch.
+        weight: with it, the losses of all shares add up to the loss of the mini-batch.
     """
 
     batch: Batch
     rows: int
-    total: int
-
-    def weight(self, model: nn.Module, criterion: Criterion) -> float:
-        """With it, the losses of all shares add up to the loss of the mini-batch."""
-        mean = is_mean_over_rows(model, criterion, self.batch[1], "process_group")
-        return self.rows / self.total if mean else 1.0
+    weight: float
 
 
 class Ranks:
@@ -116,11 +112,13 @@ class Ranks:
                 "teams of ranks, and the ranks of a team"
             )
         rows: list[list[int]] = mesh.mesh.tolist()
-        everyone = sorted(rank for row in rows for rank in row)
-        if everyone == list(range(dist.get_world_size())):
-            group: Any = dist.group.WORLD
-        else:
-            group = dist.new_group(everyone, use_local_synchronization=True)
+        group = dist.group.WORLD
+        if sorted(rank for row in rows for rank in row) != list(range(dist.get_world_size())):
+            raise ValueError(
+                f"process_group is a mesh of ranks {rows}; with two dimensions it must hold all "
+                f"{dist.get_world_size()} processes"
+            )
+        assert group is not None
         for row in rows:
             places = tuple(dist.get_group_rank(group, rank) for rank in row)
             self._rows.append(places)
@@ -202,18 +200,23 @@ class Ranks:
 
     def _connect(self, teams: Sequence[Team]) -> None:
         """Make the groups of teams of several ranks."""
-        whole = self._group == dist.group.WORLD
         for team in teams:
-            mine = self.rank in team.ranks
-            if len(team.ranks) == 1 or team.ranks in self._groups:
+            if len(team.ranks) == 1 or self._known(team):
                 continue
-            # By torch's rule all processes take part in making a group, unless it is local.
-            if whole or mine:
-                ranks = [dist.get_global_rank(self._group, rank) for rank in team.ranks]
-                made: Any = dist.new_group(
-                    ranks, timeout=self._time_out(), use_local_synchronization=not whole
+            # All processes take part in making a group. (A local one that torch offers leaves them
+            # with different names for the next; torch 2.14.)
+            if self._group != dist.group.WORLD:
+                raise ValueError(
+                    f"placement puts ranks {team.ranks} in a team, and process_group holds some of "
+                    "the processes only, which cannot make teams of several; give "
+                    "torch.distributed.group.WORLD, or placement='data'"
                 )
-                self._groups[team.ranks] = made
+            made: Any = dist.new_group(list(team.ranks), timeout=self._time_out())
+            self._groups[team.ranks] = made
+
+    def _known(self, team: Team) -> bool:
+        """Whether the team has a group; a mesh has made those of its rows."""
+        return team.ranks in self._groups or team.ranks in self._rows
 
     def _time_out(self) -> datetime.timedelta | None:
         """The process group's own, where torch tells it; None: the backend's default."""
@@ -230,35 +233,56 @@ class Ranks:
 
     # Mini-batches.
 
-    def counts(self, device: torch.device, *batches: Batch | None) -> list[list[int]]:
-        """For each rank its rows of each batch: its own ones, or its part; none of no batch."""
-        rows = [0 if batch is None else row_count(batch) for batch in batches]
-        if not self.sharded:
-            parts = [[_bounds(count, k, self.size) for count in rows] for k in range(self.size)]
-            return [[stop - start for start, stop in part] for part in parts]
-        found = [torch.zeros(len(rows), dtype=torch.int64, device=device) for _ in range(self.size)]
-        self._all_gather(found, torch.tensor(rows, device=device))
-        return torch.stack(found).tolist()
+    def look_at(
+        self, model: nn.Module, criterion: Criterion, *batches: Batch | None
+    ) -> tuple[list[list[int]], bool]:
+        """For each batch the rows of each rank (none of no batch), and whether losses are means.
 
-    def share(self, batch: Batch, counts: Sequence[int]) -> Share:
-        """This rank's rows of a mini-batch that all ranks share."""
+        Raises:
+            ValueError: a batch cannot be shared (see `is_mean_over_rows`), here or at another rank;
+                all ranks raise it, so that none waits for another.
+        """
+        rows, mean, fault = [0] * len(batches), False, None
+        try:
+            for k, batch in enumerate(batches):
+                if batch is not None:
+                    rows[k] = row_count(batch)
+                    mean = is_mean_over_rows(model, criterion, batch[1], "process_group")
+        except ValueError as error:
+            fault = error
+        if not self.sharded:
+            if fault:
+                raise fault
+            parts = [_bounds(count, self.size) for count in rows]
+            return [[stop - start for start, stop in itertools.pairwise(p)] for p in parts], mean
+        device = next(model.parameters()).device
+        mine = torch.tensor([*rows, fault is not None], dtype=torch.int64, device=device)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        self._all_gather(found, mine)
+        *counts, faults = torch.stack(found, 1).tolist()
+        if fault:
+            raise fault
+        if any(faults):
+            raise ValueError(f"rank {faults.index(1)} refuses its rows, and says itself why")
+        return counts, mean
+
+    def share(self, batch: Batch, counts: Sequence[int], mean: bool) -> Share:
+        """This rank's rows of a mini-batch that all ranks share; `look_at` gives the rest."""
         rows, total = counts[self.rank], sum(counts)
-        if total == 0:
-            raise ValueError("batch is empty on all ranks; give at least one row")
         if not self.sharded:
             first = sum(counts[: self.rank])
             batch = cut(batch, first, first + rows)
-        return Share(batch, rows, total)
+        return Share(batch, rows, rows / total if mean else 1.0)
 
-    def share_in_team(self, batch: Batch, counts: Sequence[int], team: Team) -> Share:
-        """This rank's rows of a mini-batch that each team shares, with the whole of it."""
+    def share_in_team(self, batch: Batch, counts: Sequence[int], mean: bool, team: Team) -> Share:
+        """This rank's rows of a mini-batch that each team has as a whole, and shares."""
         if len(team.ranks) == self.size:
-            return self.share(batch, counts)
+            return self.share(batch, counts, mean)
         if self.sharded:
             batch = tree_map_only(Tensor, lambda leaf: self._whole(leaf, counts), batch)
-        total = sum(counts)
-        start, stop = _bounds(total, team.ranks.index(self.rank), len(team.ranks))
-        return Share(cut(batch, start, stop), stop - start, total)
+        total, place = sum(counts), team.ranks.index(self.rank)
+        start, stop = _bounds(total, len(team.ranks))[place : place + 2]
+        return Share(cut(batch, start, stop), stop - start, (stop - start) / total if mean else 1.0)
 
     def _whole(self, leaf: Tensor, counts: Sequence[int]) -> Tensor:
         """All ranks' rows, one after the other; a tensor that has no rows stays as it is."""
@@ -280,7 +304,6 @@ class Ranks:
         micro_batch: int | None = None,
     ) -> Tensor:
         """As `bdhf.gradient.loss_and_gradient`, of a mini-batch that all ranks share."""
-        weight = share.weight(model, criterion)
         loss = torch.zeros((), device=parameters[0].device)
         gradients: list[Tensor] = [torch.zeros_like(p) for p in parameters]
         if share.rows:
@@ -289,7 +312,7 @@ class Ranks:
             loss = loss_and_gradient(network, criterion, share.batch, parameters, micro_batch)
             gradients = [p.grad for p in parameters if p.grad is not None]
         dtype = wide_dtype(parameters)
-        summed = flattened([*gradients, loss], dtype).mul_(weight)
+        summed = flattened([*gradients, loss], dtype).mul_(share.weight)
         self.all_reduce(summed)
         for p, gradient in zip(parameters, unflattened(summed[:-1], parameters), strict=True):
             p.grad = gradient
@@ -366,6 +389,6 @@ def ranks_of(
     return ranks if ranks.size > 1 else None
 
 
-def _bounds(rows: int, part: int, parts: int) -> tuple[int, int]:
-    """Where a part of so many rows begins and ends; the sizes of parts differ by one at most."""
-    return rows * part // parts, rows * (part + 1) // parts
+def _bounds(rows: int, parts: int) -> list[int]:
+    """Where parts of so many rows begin, and the last one ends; sizes differ by one at most."""
+    return [rows * part // parts for part in range(parts + 1)]

@@ -38,15 +38,17 @@ class SharedUpdate(Update):
 
     def begin(self) -> None:
         """Compute the gradient, linearise, and start the systems."""
-        device = self.parameters[0].device
-        counts = self.ranks.counts(device, self.batch, self.curvature_batch)
-        self._counts = [[of_rank[k] for of_rank in counts] for k in (0, 1)]
-        if not sum(self._counts[1]):
-            raise ValueError("curvature_batch is empty on all ranks; give at least one row")
+        batches = self.batch, self.curvature_batch
+        self._counts, self._mean = self.ranks.look_at(self.model, self.criterion, *batches)
+        for name, batch, counts in zip(
+            ("batch", "curvature_batch"), batches, self._counts, strict=True
+        ):
+            if batch is not None and not any(counts):
+                raise ValueError(f"{name} is empty on all ranks; give at least one row")
         super().begin()
 
     def loss_and_gradient(self, batch: Batch) -> Tensor:
-        share = self.ranks.share(batch, self._counts[0])
+        share = self.ranks.share(batch, self._counts[0], self._mean)
         return self.ranks.loss_and_gradient(
             self.model, self.criterion, share, self.parameters, self.micro_batch
         )
@@ -54,8 +56,10 @@ class SharedUpdate(Update):
     def start(self, descents: list[Tensor], random_state: RandomState) -> None:
         self._teams = self.ranks.teams(self.blocks, self._costs, self._judge())
         self._team = self.ranks.mine(self._teams)
-        share = self.ranks.share_in_team(self.curvature_batch, self._counts[1], self._team)
-        self._weight = share.weight(self.model, self.criterion)
+        share = self.ranks.share_in_team(
+            self.curvature_batch, self._counts[1], self._mean, self._team
+        )
+        self._weight = share.weight
         self._matrix = self._linearized(share, random_state)
         self._systems: Systems | None = None
         if self._team.blocks:
