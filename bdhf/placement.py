@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bdhf.batches import Batch, cut
 from bdhf.curvature import GaussNewton
+from bdhf.functional import unwrapped
 from bdhf.machine import synchronize
 from bdhf.work import count_work
 
@@ -98,6 +99,7 @@ def product_costs(
     measured: bool = False,
 ) -> list[float]:
     """What a product with each block costs: counted in gradients, or measured in seconds."""
+    model = unwrapped(model)
     if not measured:
         return count_work(model, criterion, cut(batch, 0, _COUNTED_ROWS), blocks).products
     matrix = GaussNewton(model, criterion, batch, blocks)

@@ -99,6 +99,7 @@ class Ranks:
         self._group, self._placement, self.sharded = group, placement, sharded
         self._groups[tuple(range(self.size))] = group
         self._check_placement()
+        self._compared = False
         self._teams: dict[Any, list[Team]] = {}  # by the blocks' shapes
         self._said: dict[tuple[str, int], tuple[int, int]] = {}
 
@@ -172,11 +173,12 @@ class Ranks:
         key = tuple(tuple(p.shape for p in block) for block in blocks)
         if key not in self._teams:
             if isinstance(self._placement, str):
-                self._teams[key] = self._balanced(blocks, costs, judge)
+                teams = self._balanced(blocks, costs, judge)
             else:
-                check_teams(self._placement, self.size, len(blocks))
-                self._teams[key] = list(self._placement)
-            self._connect(self._teams[key])
+                teams = list(self._placement)
+                check_teams(teams, self.size, len(blocks))
+            self._connect(teams)
+            self._teams[key] = teams
         return self._teams[key]
 
     def _balanced(
@@ -240,8 +242,12 @@ class Ranks:
 
         Raises:
             ValueError: a batch cannot be shared (see `is_mean_over_rows`), here or at another rank;
-                all ranks raise it, so that none waits for another.
+                or, at first, the ranks have different weights. All ranks raise it, so that none
+                waits for another.
         """
+        if not self._compared:
+            self._compare(list(model.parameters()))
+            self._compared = True
         rows, mean, fault = [0] * len(batches), False, None
         try:
             for k, batch in enumerate(batches):
@@ -265,6 +271,17 @@ class Ranks:
         if any(faults):
             raise ValueError(f"rank {faults.index(1)} refuses its rows, and says itself why")
         return counts, mean
+
+    def _compare(self, parameters: Sequence[Tensor]) -> None:
+        """Refuse ranks that start from different weights, and would never find out."""
+        mine = torch.stack([p.detach().double().square().sum() for p in parameters])
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        self._all_gather(found, mine)
+        if not all(torch.allclose(mine, other, rtol=1e-6, equal_nan=True) for other in found):
+            raise ValueError(
+                "the ranks have different weights; build the model from the same seed on each, or "
+                "load the same state, or wrap it in DDP, which copies those of rank 0"
+            )
 
     def share(self, batch: Batch, counts: Sequence[int], mean: bool) -> Share:
         """This rank's rows of a mini-batch that all ranks share; `look_at` gives the rest."""

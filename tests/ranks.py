@@ -421,6 +421,13 @@ def refusals() -> None:
     words = "with targets equal to" if rank() == 1 else "rank 1 refuses its rows, and says itself"
     with pytest.raises(ValueError, match=words):
         opt.step(case.model, case.criterion, part(case.batch, [0, 2, 3, 3, 3][: size() + 1]))
+    for make in (
+        lambda model: bdhf.BlockDiagonalHF(model.parameters(), process_group=world),
+        lambda model: FirstOrder(torch.optim.SGD(model.parameters()), process_group=world),
+    ):
+        case = make_case("tanh MLP, MSE mean", torch.float64, seed=rank())
+        with pytest.raises(ValueError, match="the ranks have different weights; build the model"):
+            make(case.model).step(case.model, case.criterion, case.batch)
 
 
 def main() -> None:
