@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,19 +27,19 @@ LSTM = (
 )
 
 
-def launch(processes: int, *command: str, **more: Any) -> subprocess.Popen[str]:
+def launch(processes: int, *command: str, standalone: bool = True) -> subprocess.Popen[str]:
     """``command`` by so many processes, in a process group of its own."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    launcher += ["--standalone"] if standalone else []
     threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [*launcher, "--standalone", *command],
+        [*launcher, *command],
         cwd=ROOT,
         env=os.environ | threads,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        **more,
     )
 
 
@@ -189,6 +191,32 @@ def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path: Path, alone: li
     folder = folder_in(tmp_path)
     assert_close(read_metrics(folder), alone)
     assert len(read_provenance(folder)["sessions"]) == 3
+
+
+@pytest.mark.slow
+def test_script_of_the_readme(tmp_path: Path) -> None:
+    scripts = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (script,) = [text for text in scripts if "init_process_group" in text]
+    (tmp_path / "own.py").write_text(script)
+    output = made(2, str(tmp_path / "own.py"))
+    losses = re.findall(r"^([\d.]+) \(Collective", output, re.MULTILINE)
+    assert len(losses) == 2 and losses[0] == losses[1]
+    assert float(losses[0]) < 0.8  # of 1.1 at first
+
+
+@pytest.mark.slow
+def test_two_machines(tmp_path: Path, alone: list[Row]) -> None:
+    """As far as one machine can be two: each has a launcher of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    machines = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "two")
+    command = (*machines, "--rdzv-endpoint", endpoint, *LSTM, "updates=10", f"results={tmp_path}")
+    both = [launch(1, *command, standalone=False) for _ in range(2)]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert "".join(outputs).count(": finished, 10 updates") == 1
+    assert_close(read_metrics(folder_in(tmp_path)), alone)
 
 
 LONG = (
