@@ -18,6 +18,7 @@ from bdhf.gradient import loss_and_gradient
 from bdhf.graphs import Fixed, Graphs, NoGraphError, Recordings, kind_of
 from bdhf.optimizer import StepReport
 from bdhf.ranks import ranks_of
+from bdhf.shares import shared_loss_and_gradient, split
 
 #: Settings of torch's optimizers that say how they compute on this device, not what.
 _WAYS = ("foreach", "fused", "capturable")
@@ -98,9 +99,9 @@ class FirstOrder:
             if ranks is None:
                 loss = loss_and_gradient(model, criterion, batch, parameters, micro_batch)
             else:
-                (counts,), mean = ranks.look_at(model, criterion, batch)
-                share = ranks.share(batch, counts, mean)
-                loss = ranks.loss_and_gradient(model, criterion, share, parameters, micro_batch)
+                share = split(ranks, model, criterion, batch).share(0, batch)
+                what = model, criterion, share, parameters, micro_batch
+                loss = shared_loss_and_gradient(ranks, *what)
             gradients = [p.grad for p in parameters if p.grad is not None]
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
             self.optimizer.step()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,12 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_map_only
 
-from bdhf.batches import Batch, Criterion, cut, is_mean_over_rows, row_count
-from bdhf.curvature import flattened, unflattened, wide_dtype
-from bdhf.functional import unwrapped
-from bdhf.gradient import loss_and_gradient
 from bdhf.placement import Placement, Team, balanced_blocks, balanced_teams, check_teams
 
 
@@ -42,21 +36,6 @@ class Collective:
     ranks: int
     calls: int
     bytes: int
-
-
-@dataclass(frozen=True)
-class Share:
-    """This rank's rows of a mini-batch.
-
-    Attributes:
-        batch: its inputs and targets, which may be empty.
-        rows: how many they are.
-        weight: with it, the losses of all shares add up to the loss of the mini-batch.
-    """
-
-    batch: Batch
-    rows: int
-    weight: float
 
 
 class Ranks:
@@ -233,107 +212,22 @@ class Ranks:
         """The team that this rank is in."""
         return next(team for team in teams if self.rank in team.ranks)
 
-    # Mini-batches.
-
-    def look_at(
-        self, model: nn.Module, criterion: Criterion, *batches: Batch | None
-    ) -> tuple[list[list[int]], bool]:
-        """For each batch the rows of each rank (none of no batch), and whether losses are means.
+    def compare(self, parameters: Sequence[Tensor]) -> None:
+        """Look once whether all ranks have the same weights, or they would never find out.
 
         Raises:
-            ValueError: a batch cannot be shared (see `is_mean_over_rows`), here or at another rank;
-                or, at first, the ranks have different weights. All ranks raise it, so that none
-                waits for another.
+            ValueError: they have not.
         """
-        if not self._compared:
-            self._compare(list(model.parameters()))
-            self._compared = True
-        rows, mean, fault = [0] * len(batches), False, None
-        try:
-            for k, batch in enumerate(batches):
-                if batch is not None:
-                    rows[k] = row_count(batch)
-                    mean = is_mean_over_rows(model, criterion, batch[1], "process_group")
-        except ValueError as error:
-            fault = error
-        if not self.sharded:
-            if fault:
-                raise fault
-            parts = [_bounds(count, self.size) for count in rows]
-            return [[stop - start for start, stop in itertools.pairwise(p)] for p in parts], mean
-        device = next(model.parameters()).device
-        mine = torch.tensor([*rows, fault is not None], dtype=torch.int64, device=device)
-        found = [torch.empty_like(mine) for _ in range(self.size)]
-        self._all_gather(found, mine)
-        *counts, faults = torch.stack(found, 1).tolist()
-        if fault:
-            raise fault
-        if any(faults):
-            raise ValueError(f"rank {faults.index(1)} refuses its rows, and says itself why")
-        return counts, mean
-
-    def _compare(self, parameters: Sequence[Tensor]) -> None:
-        """Refuse ranks that start from different weights, and would never find out."""
+        if self._compared:
+            return
         mine = torch.stack([p.detach().double().square().sum() for p in parameters])
-        found = [torch.empty_like(mine) for _ in range(self.size)]
-        self._all_gather(found, mine)
+        found = self.all_gather(mine)
         if not all(torch.allclose(mine, other, rtol=1e-6, equal_nan=True) for other in found):
             raise ValueError(
                 "the ranks have different weights; build the model from the same seed on each, or "
                 "load the same state, or wrap it in DDP, which copies those of rank 0"
             )
-
-    def share(self, batch: Batch, counts: Sequence[int], mean: bool) -> Share:
-        """This rank's rows of a mini-batch that all ranks share; `look_at` gives the rest."""
-        rows, total = counts[self.rank], sum(counts)
-        if not self.sharded:
-            first = sum(counts[: self.rank])
-            batch = cut(batch, first, first + rows)
-        return Share(batch, rows, rows / total if mean else 1.0)
-
-    def share_in_team(self, batch: Batch, counts: Sequence[int], mean: bool, team: Team) -> Share:
-        """This rank's rows of a mini-batch that each team has as a whole, and shares."""
-        if len(team.ranks) == self.size:
-            return self.share(batch, counts, mean)
-        if self.sharded:
-            batch = tree_map_only(Tensor, lambda leaf: self._whole(leaf, counts), batch)
-        total, place = sum(counts), team.ranks.index(self.rank)
-        start, stop = _bounds(total, len(team.ranks))[place : place + 2]
-        return Share(cut(batch, start, stop), stop - start, (stop - start) / total if mean else 1.0)
-
-    def _whole(self, leaf: Tensor, counts: Sequence[int]) -> Tensor:
-        """All ranks' rows, one after the other; a tensor that has no rows stays as it is."""
-        if not leaf.ndim or leaf.shape[0] != counts[self.rank]:
-            return leaf
-        # Backends want equal sizes.
-        padded = leaf.new_zeros(max(counts), *leaf.shape[1:])
-        padded[: len(leaf)] = leaf
-        parts = [torch.empty_like(padded) for _ in counts]
-        self._all_gather(parts, padded)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-    def loss_and_gradient(
-        self,
-        model: nn.Module,
-        criterion: Criterion,
-        share: Share,
-        parameters: list[nn.Parameter],
-        micro_batch: int | None = None,
-    ) -> Tensor:
-        """As `bdhf.gradient.loss_and_gradient`, of a mini-batch that all ranks share."""
-        loss = torch.zeros((), device=parameters[0].device)
-        gradients: list[Tensor] = [torch.zeros_like(p) for p in parameters]
-        if share.rows:
-            # Without DDP's hooks, which wait for a backward pass of their own.
-            network = unwrapped(model)
-            loss = loss_and_gradient(network, criterion, share.batch, parameters, micro_batch)
-            gradients = [p.grad for p in parameters if p.grad is not None]
-        dtype = wide_dtype(parameters)
-        summed = flattened([*gradients, loss], dtype).mul_(share.weight)
-        self.all_reduce(summed)
-        for p, gradient in zip(parameters, unflattened(summed[:-1], parameters), strict=True):
-            p.grad = gradient
-        return summed[-1].clone()
+        self._compared = True
 
     # What is said.
 
@@ -360,9 +254,12 @@ class Ranks:
                 if work is not None:
                     work.wait()
 
-    def _all_gather(self, found: list[Tensor], own: Tensor) -> None:
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, which have the same shape."""
+        found = [torch.empty_like(tensor) for _ in range(self.size)]
         with self._said_in("all_gather", self._group, *found):
-            dist.all_gather(found, own, group=self._group)
+            dist.all_gather(found, tensor, group=self._group)
+        return found
 
     def _group_of(self, team: Team | None) -> dist.ProcessGroup:
         return self._group if team is None else self._groups[team.ranks]
@@ -404,8 +301,3 @@ def ranks_of(
         return None
     ranks = Ranks(process_group, placement, sharded)
     return ranks if ranks.size > 1 else None
-
-
-def _bounds(rows: int, parts: int) -> list[int]:
-    """Where parts of so many rows begin, and the last one ends; sizes differ by one at most."""
-    return [rows * part // parts for part in range(parts + 1)]

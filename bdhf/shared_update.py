@@ -19,7 +19,8 @@ from bdhf.cg import REASONS, CGResult, Systems
 from bdhf.curvature import GaussNewton, flattened, wide_dtype
 from bdhf.functional import RandomState
 from bdhf.placement import Team, product_costs
-from bdhf.ranks import Ranks, Share
+from bdhf.ranks import Ranks
+from bdhf.shares import Share, shared_loss_and_gradient, split
 from bdhf.update import Update
 
 #: Numbers of a `CGResult` beside its solution.
@@ -39,26 +40,18 @@ class SharedUpdate(Update):
     def begin(self) -> None:
         """Compute the gradient, linearise, and start the systems."""
         batches = self.batch, self.curvature_batch
-        self._counts, self._mean = self.ranks.look_at(self.model, self.criterion, *batches)
-        for name, batch, counts in zip(
-            ("batch", "curvature_batch"), batches, self._counts, strict=True
-        ):
-            if batch is not None and not any(counts):
-                raise ValueError(f"{name} is empty on all ranks; give at least one row")
+        self._split = split(self.ranks, self.model, self.criterion, *batches)
         super().begin()
 
     def loss_and_gradient(self, batch: Batch) -> Tensor:
-        share = self.ranks.share(batch, self._counts[0], self._mean)
-        return self.ranks.loss_and_gradient(
-            self.model, self.criterion, share, self.parameters, self.micro_batch
-        )
+        share = self._split.share(0, batch)
+        what = self.model, self.criterion, share, self.parameters, self.micro_batch
+        return shared_loss_and_gradient(self.ranks, *what)
 
     def start(self, descents: list[Tensor], random_state: RandomState) -> None:
         self._teams = self.ranks.teams(self.blocks, self._costs, self._judge())
         self._team = self.ranks.mine(self._teams)
-        share = self.ranks.share_in_team(
-            self.curvature_batch, self._counts[1], self._mean, self._team
-        )
+        share = self._split.share_in_team(1, self.curvature_batch, self._team)
         self._weight = share.weight
         self._matrix = self._linearized(share, random_state)
         self._systems: Systems | None = None
@@ -70,7 +63,7 @@ class SharedUpdate(Update):
 
     def _judge(self) -> int:
         """The rank that says what blocks cost: the first that has rows."""
-        return next(rank for rank, count in enumerate(self._counts[1]) if count)
+        return next(rank for rank, count in enumerate(self._split.counts[1]) if count)
 
     def _costs(self, measured: bool) -> list[float]:
         return product_costs(
