@@ -8,9 +8,10 @@ from bdhf.blocks import blocks_from_modules, split_into_blocks
 from bdhf.cg import CGResult, conjugate_gradient
 from bdhf.curvature import ggn_vector_product
 from bdhf.linearization import Linearizable
-from bdhf.optimizer import BlockDiagonalHF, BlockStep, StepReport
+from bdhf.optimizer import BlockDiagonalHF
 from bdhf.placement import Team, balanced_teams
 from bdhf.ranks import RankLostError
+from bdhf.steps import BlockStep, Collective, StepReport
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "BlockDiagonalHF",
     "BlockStep",
     "CGResult",
+    "Collective",
     "Linearizable",
     "RankLostError",
     "StepReport",

@@ -21,9 +21,9 @@ from bdhf.config import Config, device_of
 from bdhf.data import Images
 from bdhf.experiment import Experiment
 from bdhf.machine import synchronize
-from bdhf.optimizer import StepReport
 from bdhf.record import RunFolder, processor
 from bdhf.runner import set_up
+from bdhf.steps import StepReport
 from bdhf.training import Progress, Training
 
 #: Where the systems are solved: at a seed's first weights, and where HF and block-diagonal HF

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,57 +14,13 @@ from torch.optim import Optimizer
 
 from bdhf import graphs
 from bdhf.batches import Batch, Criterion, checked_batch
-from bdhf.cg import StopReason
 from bdhf.graphs import NoGraphError, Recordings
 from bdhf.linearization import Linearizer
 from bdhf.placement import Placement, Team
-from bdhf.ranks import Collective, Ranks, ranks_of
+from bdhf.ranks import Ranks, ranks_of
 from bdhf.shared_update import SharedUpdate
+from bdhf.steps import BlockStep, StepReport
 from bdhf.update import RecordedUpdate, Update
-
-
-@dataclass(frozen=True)
-class BlockStep:
-    """What one block's solve did in an update.
-
-    Attributes:
-        iterations: conjugate gradient steps taken.
-        reason: why it stopped (see `conjugate_gradient`).
-        value: ``½ Δᵀ(G + λI)Δ + gᵀΔ`` at the solution; negative when it promises a decrease.
-        products: curvature products used, the one for the warm start included.
-    """
-
-    iterations: int
-    reason: StopReason
-    value: float
-    products: int
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What the last update did; `BlockDiagonalHF.last_step`.
-
-    Attributes:
-        blocks: one entry for each param group; all zero for one that is frozen.
-        gradient_norm: 2-norm of the gradient over all blocks, a scalar on the device.
-        path: how curvature products were computed: by maps ``"brought by the network"``,
-            ``"traced"`` once for all updates, or, slower, by ``"autograd: ..."`` with the reason
-            why the network could not be traced; with ``micro_batch``, ``", in pieces"``. With
-            ``cuda_graphs`` on a GPU, from the third update of a kind on, ``", replayed"``, or
-            ``", not replayed: ..."`` and the reason. With several ranks, which one this is.
-        traffic: the collectives of the update, where several ranks made it.
-    """
-
-    blocks: list[BlockStep]
-    gradient_norm: Tensor
-    path: str
-    traffic: tuple[Collective, ...] = ()
-
-    @property
-    def products(self) -> int:
-        """Curvature products of all blocks together."""
-        return sum(block.products for block in self.blocks)
-
 
 _FROZEN = BlockStep(0, "converged", 0.0, 0)
 

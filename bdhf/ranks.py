@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -14,28 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from bdhf.placement import Placement, Team, balanced_blocks, balanced_teams, check_teams
+from bdhf.steps import Collective
 
 
 class RankLostError(RuntimeError):
     """Another rank is gone, or was silent for longer than the process group's time-out."""
-
-
-@dataclass(frozen=True)
-class Collective:
-    """The collectives of one kind in an update, as this rank took part in them.
-
-    Attributes:
-        kind: ``all_reduce``, ``broadcast`` or ``all_gather``.
-        ranks: how many took part in each.
-        calls: how many there were.
-        bytes: of the tensors that came out of them, all together; what goes over the wires depends
-            on the backend's algorithm.
-    """
-
-    kind: str
-    ranks: int
-    calls: int
-    bytes: int
 
 
 class Ranks:

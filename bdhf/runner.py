@@ -18,11 +18,10 @@ from bdhf.errors import require
 from bdhf.experiment import Experiment
 from bdhf.functional import RandomState
 from bdhf.machine import release_memory, use_machine
-from bdhf.optimizer import BlockStep, StepReport
 from bdhf.processes import ALONE, Processes
 from bdhf.progress import ProgressDisplay, say
-from bdhf.ranks import Collective
 from bdhf.record import RunFolder, sizes_in_short
+from bdhf.steps import BlockStep, Collective, StepReport
 from bdhf.stopping import Stopping
 from bdhf.training import (
     Outcome,

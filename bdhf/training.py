@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from bdhf.batches import Batch, Criterion, pieces
 from bdhf.data import Data
 from bdhf.machine import synchronize
-from bdhf.optimizer import StepReport
+from bdhf.steps import StepReport
 from bdhf.work import Work
 
 #: Rows evaluated at once at most: enough to keep the device busy, few enough for its memory.

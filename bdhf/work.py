@@ -11,7 +11,7 @@ import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,7 @@ from bdhf.curvature import GaussNewton
 from bdhf.functional import RandomState
 from bdhf.gradient import loss_and_gradient
 from bdhf.linearization import Linearizer
-
-if TYPE_CHECKING:
-    from bdhf.optimizer import StepReport
+from bdhf.steps import StepReport
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bdhf
 from bdhf.first_order import FirstOrder
-from bdhf.ranks import Collective
+from bdhf.steps import Collective
 
 SETTINGS: dict[str, Any] = {"lr": 0.5, "damping": 1.0, "cg_max_iter": 6}
 UPDATES = 3

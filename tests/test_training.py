@@ -22,10 +22,10 @@ from torch import nn
 import bdhf.runner
 from bdhf.data import DataError, load
 from bdhf.first_order import FirstOrder
-from bdhf.optimizer import StepReport
 from bdhf.progress import ProgressDisplay
 from bdhf.record import RunFolder, read_metrics
 from bdhf.runner import run
+from bdhf.steps import StepReport
 from bdhf.stopping import Stopping
 from bdhf.training import (
     Outcome,
