@@ -69,6 +69,12 @@ class Processes:
             dist.broadcast(word, src=0)
         return bool(word)
 
+    def meet(self) -> None:
+        """Wait until all are here."""
+        if not self.alone:
+            with failures_named(str(self)):
+                dist.all_reduce(torch.zeros(1))
+
     def ranks(self, placement: Any) -> Ranks | None:
         """As an optimizer takes them: all are given the same mini-batches."""
         return None if self.alone else Ranks(_everyone(), placement, sharded=False)
@@ -138,4 +144,5 @@ def joined(config: Config) -> Iterator[Processes]:
     # After an error nothing more is said: the others may be waiting for something else. They find
     # this process gone.
     yield processes
+    processes.meet()  # since gloo aborts where one leaves while another still talks
     dist.destroy_process_group()

@@ -14,7 +14,8 @@ class RandomBlocks(nn.Module):
 
     Outputs and starting point are the network's own; only which scalars share a block of the
     Gauss-Newton matrix changes. The paper's blocks are layers; these take from every layer alike,
-    so they keep as much of the curvature but none of its structure.
+    so they keep none of the curvature's structure. How much of the matrix they keep, one of
+    ``count`` parts of its entries, is what as many layers keep only where these are of equal size.
 
     Args:
         network: the network; its parameters become constants of no account.

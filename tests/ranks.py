@@ -457,6 +457,7 @@ def main() -> None:
         results[name] = faults
         if rank() == 0:
             Path(sys.argv[1]).write_text(json.dumps(results))
+    dist.barrier()  # gloo aborts where one leaves while another still talks
     dist.destroy_process_group()
 
 

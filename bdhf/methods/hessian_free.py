@@ -23,8 +23,9 @@ from bdhf.training import StepOptimizer
 class HessianFree(Method):
     """Settings of `BlockDiagonalHF`: ``hf`` has one block, ``bdhf`` the experiment's.
 
-    ``blocks`` gives ``bdhf`` others: ``8`` are so many layers of equal size in the order of their
-    depth, ``random-8`` so many drawn at random, scalar by scalar (for claim H1).
+    ``blocks`` gives ``bdhf`` others (for claim H1): ``8`` are so many of layers, contiguous in
+    depth and of sizes as equal as layers allow, ``random-8`` so many of equal size, drawn at random
+    scalar by scalar.
     """
 
     names: ClassVar[tuple[str, ...]] = ("hf", "bdhf")
