@@ -31,8 +31,8 @@ REPORT := $(RUN) scripts/report.py $(SCALE) --results $(RESULTS) \
 .DEFAULT_GOAL := help
 EXPERIMENTS := $(basename $(notdir $(wildcard experiments/*.py)))
 
-.PHONY: help setup demo test test-slow bench bench-gpu plan reproduce-all tune measure bundle collect figures
-.PHONY: report clean wandb-sync wandb-dashboard
+.PHONY: help setup demo test test-slow bench bench-gpu plan reproduce-all tune measure scaling
+.PHONY: bundle collect figures report clean wandb-sync wandb-dashboard
 .PHONY: $(addprefix reproduce-,$(EXPERIMENTS))
 
 help: ## list the targets
@@ -79,6 +79,9 @@ tune: $(READY) ## try other settings, one at a time, on a validation split (conf
 
 measure: $(READY) ## time updates and count CG iterations on finished runs; leave the machine alone
 	$(MEASURE)
+
+scaling: $(READY) ## a model of updates on many devices, from what this machine measures (AGAIN=1: anew)
+	$(RUN) scripts/scaling.py $(SCALE) --results $(RESULTS) $(if $(AGAIN),--again)
 
 bundle: $(READY) ## one file with wheels, data and code, to make runs where there is no internet
 	$(RUN) scripts/bundle.py $(addprefix --python-version ,$(PYTHON_VERSION))

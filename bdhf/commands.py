@@ -71,6 +71,7 @@ def _lead(experiment: Experiment, config: Config, processes: Processes) -> int:
                 say("Repeat the command to continue.")
     except (ConfigError, DataError):  # nothing was begun
         processes.tell(1)
+        processes.meet()
         raise
     processes.tell(ended.exit_code)
     return ended.exit_code

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from bdhf.report.devices import draw_scaling
 from bdhf.report.figures import draw_figures
 from bdhf.report.table import TableError
 
@@ -24,7 +25,7 @@ def main() -> None:
 
 def draw(results: Path, scale: str) -> None:
     """Draw the figures and name their files."""
-    for path in draw_figures(results, scale):
+    for path in (*draw_figures(results, scale), *draw_scaling(results / scale)):
         print(path)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from bdhf.record import read_table, write_table
+from bdhf.report import sections
 from bdhf.report.evidence import along, read_evidence
 from bdhf.report.page import make_report
 from bdhf.report.readme import README
@@ -68,6 +70,42 @@ def test_a_run_as_shipped_is_a_figures_whatever_it_was_made_for(results: Path) -
     found = read_evidence(results, "laptop").cells["autoencoder", "hf"]
     assert [cell.key for cell in found] == [cell.key for cell in before]
     assert all(cell.seeds == [0, 1, 2] for cell in found)
+
+
+def test_the_page_says_how_many_runs_were_there_before_the_rule(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that verdicts rest on: a claim's, not a trial's or somebody's own."""
+    where = "runs here that verdicts rest on (the figures' and those with other blocks; tuning "
+    where += "apart)"
+    rows = read_table(results / "laptop" / "runs.csv")
+    judged = [row["start"] for row in rows if row["study"] in ("", "blocks")]
+    for early in (0, 10):
+        monkeypatch.setattr(sections, "FIXED", sorted(judged)[early])
+        said = f"Of the {len(judged)} {where} {early or 'none'} had begun before. "
+        assert said in make_report(results, "laptop").markdown
+    change(results, "runs.csv", with_values({**HF, "changed": "", "study": ""}, settings="0ld"))
+    assert f"Of the {len(judged) - 3} {where}" in make_report(results, "laptop").markdown
+
+
+def test_runs_are_counted_by_what_they_are_for(results: Path) -> None:
+    counts = Counter(row["study"] for row in read_table(results / "laptop" / "runs.csv"))
+    assert (
+        f" {counts['']} runs of the figures (3 seeds an experiment), {counts['blocks']} runs of "
+        f"the blocks study (3 seeds an experiment), {counts['tuning']} runs of the tuning study "
+        "(1 seed an experiment); on "
+    ) in make_report(results, "laptop").markdown
+
+
+def test_what_diverged_as_shipped_in_the_tuning_is_said(results: Path) -> None:
+    text = make_report(results, "laptop").markdown
+    assert (
+        "Experiment resnet was tuned at seed 0 only, where HF and block-diagonal HF as shipped "
+        "diverge on this split"
+    ) in text and text.count(" was tuned at seed ") == 1
+    (line,) = [line for line in text.splitlines() if "held out for validation it did" in line]
+    assert line.startswith("HF in experiment resnet, seed 0,")
+    assert "hf-b1000-c125-seed0-34239a18, training loss nan at update 6" in line
 
 
 def test_names_from_elsewhere_are_text(results: Path) -> None:

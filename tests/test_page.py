@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -185,6 +186,21 @@ def test_mean_and_band_go_as_far_as_all_seeds(chart: Chart) -> None:
     assert [t["y"] for t in chart.traces("seed", "1000")] == [[5, 3], [16], [3, 1]]
     assert chart.traces("seed", "125") == []
     assert [t["meta"]["kind"] for t in chart.traces(cell="750")] == ["seed"]
+
+
+def test_the_point_at_which_a_seed_diverged_is_in_no_mean(browser: Any, tmp_path: Path) -> None:
+    data = copy.deepcopy(DATA)
+    losses = [8.0, 6.0, 80.0]
+    seeds = data["experiments"][0]["cells"][0]["seeds"]
+    seeds[1] = seed(1, losses, 3 * [math.nan], status="diverged", reason=REASON)
+    path = tmp_path / "report.html"
+    path.write_text(render(TITLE, BODY, data), encoding="utf-8")
+    with opened(browser, path) as page:
+        chart = Chart(page)
+        [mean] = chart.traces("mean", "125")
+        assert mean["x"] == [10] and mean["y"] == [5]
+        assert [t["y"] for t in chart.traces("seed", "125")] == [[4, 2], [6, 80]]
+        assert [t["y"] for t in chart.traces("diverged", "125")] == [[80]]
 
 
 def test_optimizers_and_cells_can_be_hidden(chart: Chart) -> None:

@@ -189,6 +189,35 @@ def test_a_seed_that_diverged_does_not_hide_the_others(tmp_path: Path) -> None:
     assert "1 of 2 diverged" in stability.read_text()
 
 
+def test_the_row_in_which_a_seed_diverged_is_in_no_mean_and_cut_losses_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in (0, 1):
+        values = tiny("autoencoder", "adam", f"seed={seed}", "evaluate_every=1")
+        values.results = str(tmp_path)
+        folder = run(EXPERIMENTS["autoencoder"], values).folder
+    rows = read_metrics(folder.path)[:4]
+    rows[-1]["train_loss"] = 1000 * rows[0]["train_loss"]
+    write_table(folder.path / "metrics.csv", rows)
+    provenance = read_provenance(folder.path)
+    write_json(folder.path / "provenance.json", {**provenance, "status": "diverged"})
+    collect(tmp_path, "demo")
+    (curves,) = read_curves(tmp_path, "demo").values()
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    draw_figures(tmp_path, "demo")
+    monkeypatch.undo()
+    *seeds, _, mean = drawn[0].axes[0].get_lines()  # the last but one is the cross
+    loss = curves.columns["train_loss"]
+    assert mean.get_xdata().tolist() == [1, 2]
+    assert np.allclose(mean.get_ydata(), loss[:, 1:3].mean(0))
+    assert np.nanmax(seeds[1].get_ydata()) == 10 * loss[1, 0]
+    said = ["10 times the initial one" in figure.get_suptitle() for figure in drawn]
+    assert said == [True, True, False]  # seconds too; not what says nothing of losses' size
+    for figure in drawn:
+        pyplot.close(figure)
+
+
 def test_missing_table_says_how_to_make_it(tmp_path: Path) -> None:
     with pytest.raises(TableError, match=r"make collect SCALE=laptop writes it"):
         draw_figures(tmp_path, "laptop")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +260,16 @@ def test_study_beside_the_figures_is_both() -> None:
     }
     assert [run.config.study for run in both] == [None] * 3 + ["own"] * 3
     assert all(f"study={run.config.study or 'null'}" in run.label for run in both)
+
+
+def test_figures_of_a_seed_come_before_its_studies() -> None:
+    runs = grid.__wrapped__("scale=paper", "study=null,blocks", "seed=0,1").runs
+    places = [(run.config.seed, run.config.study or "") for run in runs]
+    assert places == sorted(places)
+    cells = 9 * 3  # three optimizers, each with three sizes, in three experiments
+    assert Counter(places) == {
+        (seed, study): count for seed in (0, 1) for study, count in (("", cells), ("blocks", 5))
+    }
 
 
 @pytest.mark.parametrize("asked", ["block", "null,block", "../scale/demo"])
@@ -550,7 +560,7 @@ def test_figures_leave_studies_out(results: Path, monkeypatch: pytest.MonkeyPatc
         bdhf.report.figures.pyplot.close(figure)
         return [stem]
 
-    monkeypatch.setattr(bdhf.report.figures, "_save", noted)
+    monkeypatch.setattr(bdhf.report.figures, "save", noted)
     draw_figures(results, "demo")
     changes = [changed.removeprefix("batch_size=60 ") for study, changed in LISTED if not study]
     expected = sorted(f"Adam, mini-batch 60 ({changed})" for changed in changes)

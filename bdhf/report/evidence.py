@@ -72,10 +72,12 @@ class Cell:
         values = self.curves.columns[metric][k].copy()
         if self.curves.diverged[k]:
             worst = -math.inf if is_better_higher(metric) else math.inf
-            evaluated = np.flatnonzero(~np.isnan(self.curves.columns["epoch"][k]))
-            # The last row is the one in which it was found to have diverged.
-            values[evaluated[-1] :] = worst
+            values[self.last_row(k) :] = worst
         return values
+
+    def last_row(self, k: int) -> int:
+        """The last evaluation of a seed: where it diverged, the one in which that was found."""
+        return int(np.flatnonzero(~np.isnan(self.curves.columns["epoch"][k]))[-1])
 
     def drawn(self, metric: str) -> Series:
         """A metric as it is drawn, (seeds, points): losses of a run that diverged end at the limit.
@@ -87,6 +89,11 @@ class Cell:
             return values
         found: Series = np.minimum(values, DIVERGENCE_FACTOR * values[:, :1])
         return found
+
+    def is_cut(self, metric: str) -> bool:
+        """Whether something of a metric lies beyond what is drawn."""
+        values = self.curves.columns.get(metric)
+        return values is not None and bool((self.drawn(metric) < values).any())
 
     def final(self, metric: str) -> BySeed:
         """The median over the last tenth of the updates."""

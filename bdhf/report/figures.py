@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +21,7 @@ from bdhf.experiment import figures
 from bdhf.report.blocks import blocks_of, coloured
 from bdhf.report.evidence import Cell, read_evidence
 from bdhf.report.table import CellKey, Curves
+from bdhf.training import DIVERGENCE_FACTOR
 
 #: Colours of Okabe and Ito (2008), which the colour-blind can tell apart.
 COLORS = {"adam": "#E69F00", "hf": "#0072B2", "bdhf": "#D55E00"}
@@ -51,15 +52,17 @@ def draw_figures(results: Path, scale: str) -> list[Path]:
         everything += mine
         title = f"{figure.title} ({scale} scale; {_seeds(mine)})"
         stem = results / scale / f"figure{figure.number}_{name}"
-        drawn += _save(_paper_figure(mine, figure, title), stem)
-        drawn += _save(_cost_figure(mine, figure, title), stem.with_name(f"{stem.name}_cost"))
+        of_losses = title + _cut(mine, figure.panels)
+        drawn += save(_paper_figure(mine, figure, of_losses), stem)
+        drawn += save(_cost_figure(mine, figure, of_losses), stem.with_name(f"{stem.name}_cost"))
         if any(cell.key.curvature_batch_size for cell in mine):
-            drawn += _save(_cg_figure(mine, title), stem.with_name(f"{stem.name}_cg"))
+            drawn += save(_cg_figure(mine, title), stem.with_name(f"{stem.name}_cg"))
     if everything:
-        drawn += _save(_stability_figure(everything, scale), results / scale / "stability")
+        drawn += save(_stability_figure(everything, scale), results / scale / "stability")
     if blocks := blocks_of(evidence):
         title = f"Which blocks: autoencoder\n({scale} scale; {_seeds(blocks)})"
-        drawn += _save(_blocks_figure(blocks, title), results / scale / "blocks")
+        title += _cut(blocks, ("train_loss", "test_loss"))
+        drawn += save(_blocks_figure(blocks, title), results / scale / "blocks")
     return drawn
 
 
@@ -187,7 +190,8 @@ def _panels(
     return figure
 
 
-def _save(figure: Figure, stem: Path) -> list[Path]:
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """As PNG and SVG."""
     paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
     # Reproducible files: text stays text, and neither ids nor dates change.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bdhf"}):
@@ -223,7 +227,8 @@ def _draw(
 ) -> None:
     """Mean over the seeds, with a band from the least to the greatest, as long as all go on.
 
-    Where a seed diverged, a cross marks its end, and each seed has a thin line.
+    Where a seed diverged, a cross marks its end, and each seed has a thin line. The evaluation in
+    which that was found is in no mean.
     """
     curves = cell.curves
     if metric not in curves.columns:
@@ -243,8 +248,12 @@ def _draw(
             known = np.flatnonzero(np.isfinite(values[number]))
             if len(known):
                 axis.plot(places[known[-1]], values[number][known[-1]], "x", color=color)
-    ended = np.isnan(values).any(axis=0)
-    together = shown & ~ended if (shown & ~ended).any() else shown
+    ended = np.isnan(values)
+    for number in lost:
+        ended[number, cell.last_row(number) :] = True
+    together = shown & ~ended.any(axis=0)
+    if not (lost or together.any()):
+        together = shown
     axis.plot(
         places[together],
         np.nanmean(values[:, together], axis=0),
@@ -255,7 +264,7 @@ def _draw(
         markevery=max(1, int(together.sum()) // 8),
         label=label,
     )
-    if len(values) > 1:
+    if len(values) > 1 and together.any():
         low = np.nanmin(values[:, together], axis=0)
         high = np.nanmax(values[:, together], axis=0)
         axis.fill_between(places[together], low, high, color=color, alpha=0.15, linewidth=0)
@@ -284,6 +293,13 @@ def color_of(optimizer: str) -> str:
 def _short(key: CellKey) -> str:
     few = f"/{key.curvature_batch_size}" if key.curvature_batch_size is not None else ""
     return textwrap.shorten(f"{key.optimizer} {key.batch_size}{few} {key.changed}", 30)
+
+
+def _cut(cells: list[Cell], metrics: Iterable[str]) -> str:
+    """What a title says where losses of runs that diverged lie beyond what is drawn."""
+    if not any(cell.is_cut(metric) for cell in cells for metric in metrics):
+        return ""
+    return f"\nlosses above {DIVERGENCE_FACTOR:g} times the initial one are drawn there"
 
 
 def _seeds(cells: list[Cell]) -> str:

@@ -15,14 +15,15 @@ from markdown_it import MarkdownIt
 
 from bdhf.record import write_table
 from bdhf.report import charts, sections
+from bdhf.report.devices import beyond_one_device
 from bdhf.report.evidence import Evidence, read_evidence
 from bdhf.report.interactive import render
-from bdhf.report.sections import OUTCOMES, Chart
+from bdhf.report.sections import OUTCOMES, Chart, Picture
 from bdhf.report.table import read_runs
 from bdhf.report.verdicts import Verdict, claims, judge
 
-#: A document: Markdown, and charts.
-Document = list[str | Chart]
+#: A document: Markdown, charts, and pictures.
+Document = list[str | Chart | Picture]
 
 
 @dataclass(frozen=True)
@@ -78,18 +79,13 @@ def _row(verdict: Verdict) -> dict[str, Any]:
 
 
 def _as_markdown(document: Document) -> str:
-    parts = [part.markdown() if isinstance(part, Chart) else part for part in document]
+    parts = [part if isinstance(part, str) else part.markdown() for part in document]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def _as_html(document: Document) -> str:
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
-    parts = [
-        f'<div class="chart" data-experiment="{part.name}"></div>'
-        if isinstance(part, Chart)
-        else parser.render(part)
-        for part in document
-    ]
+    parts = [parser.render(part) if isinstance(part, str) else part.html() for part in document]
     badges = {
         "holds": "holds",
         "holds in part": "in-part",
@@ -116,9 +112,10 @@ def _document(
         sections.verdict_table(verdicts),
         *sections.figure_sections(evidence, folder),
         "## Each verdict",
-        sections.rule(runs),
+        sections.rule(evidence, runs),
         *(sections.details(verdict) for verdict in verdicts),
         *sections.measurements(evidence, scale),
+        *beyond_one_device(folder),
         *sections.tuning(evidence, scale),
         *sections.settings(evidence, scale),
         *sections.deviations(runs),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,9 +17,11 @@ from bdhf.record import read_table
 from bdhf.report import verdicts as verdicts_module
 from bdhf.report.blocks import blocks_of
 from bdhf.report.evidence import NAMES, PLATEAU, Cell, Evidence, UntestedError, along
+from bdhf.report.quantities import FINAL_VALUES
 from bdhf.report.table import mixtures
-from bdhf.report.tuning import changes, moved_verdicts, trials
-from bdhf.report.verdicts import FIXED, PAPERS, Judged, Verdict
+from bdhf.report.tuning import STUDY, Trials, changes, changes_of, moved_verdicts, trials
+from bdhf.report.verdicts import FIXED, HISTORY, PAPERS, Judged, Verdict
+from bdhf.training import DIVERGENCE_FACTOR
 
 OUTCOMES = {"holds": "holds", "fails": "does not hold", "untested": "not tested"}
 
@@ -41,6 +44,27 @@ class Chart:
         picture = f"![{self.words}]({self.picture})" if self.picture else ""
         return "\n\n".join(filter(None, (picture, self.more)))
 
+    def html(self) -> str:
+        """Where the page draws it."""
+        return f'<div class="chart" data-experiment="{self.name}"></div>'
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture beside the report; the page has it inside."""
+
+    words: str
+    path: Path
+
+    def markdown(self) -> str:
+        """What GitHub shows."""
+        return f"![{self.words}]({self.path.name})"
+
+    def html(self) -> str:
+        """What the page shows."""
+        inside = base64.b64encode(self.path.read_bytes()).decode()
+        return f'<p><img alt="{self.words}" src="data:image/png;base64,{inside}"></p>'
+
 
 def introduction(folder: Path, runs: Runs, verdicts: Sequence[Verdict]) -> str:
     """What the page is about, and how it came out."""
@@ -48,37 +72,56 @@ def introduction(folder: Path, runs: Runs, verdicts: Sequence[Verdict]) -> str:
     found = [(sum(verdict.word == word for verdict in verdicts), word) for word in words]
     counts = [f"**{count}** {word}" for count, word in found if count]
     devices = sorted({plain(f"{run['device']} ({run['processor']})") for run in runs})
-    seeds = {len({r["seed"] for r in runs if r["experiment"] == name and not r["study"]})
-             for name in {run["experiment"] for run in runs}} - {0}  # fmt: skip
     scale = folder.name
     papers = sum(verdict.claim.id in PAPERS for verdict in verdicts)
     more = f" and {len(verdicts) - papers} of one's own" if papers < len(verdicts) else ""
     return (
         f"Verdicts on the {papers} claims of *Block-diagonal Hessian-free Optimization for "
         f"Training Neural Networks* (Zhang, Xiong, Bradbury, Socher 2017){more}: "
-        f"{', '.join(counts)}. {len(runs)} runs, {' or '.join(map(str, sorted(seeds)))} seeds an "
-        f"experiment, on {', '.join(devices)}. Everything below is made from the tables beside "
+        f"{', '.join(counts)}. {_kinds(runs)}; on {', '.join(devices)}. "
+        "Everything below is made from the tables beside "
         f"this page and the configs by `make figures report SCALE={scale}`; the runs by "
         f"`make reproduce-all SCALE={scale}`."
     )
 
 
+def _kinds(runs: Runs) -> str:
+    """How many runs there are of figures and of each study, and of how many seeds."""
+    words = []
+    for study in sorted({run["study"] for run in runs}):
+        mine = [run for run in runs if run["study"] == study]
+        counts = {
+            len({run["seed"] for run in mine if run["experiment"] == name})
+            for name in {run["experiment"] for run in mine}
+        }
+        seeds = f"{' or '.join(map(str, sorted(counts)))} seed{'s' if counts != {1} else ''}"
+        what = f"of the {study} study" if study else "of the figures"
+        words.append(f"{len(mine)} runs {what} ({seeds} an experiment)")
+    return ", ".join(words)
+
+
 def verdict_table(verdicts: Iterable[Verdict]) -> str:
     """The verdicts as a table in Markdown."""
-    rows = [(verdict.claim.id, verdict.claim.text, f"**{verdict.word}**") for verdict in verdicts]
-    return _table(("", "claim", "verdict"), rows)
+    rows = [
+        (v.claim.id, v.claim.text, "; ".join(filter(None, (f"**{v.word}**", v.failed))))
+        for v in verdicts
+    ]
+    return table(("", "claim", "verdict"), rows)
 
 
-def rule(runs: Runs) -> str:
+def rule(evidence: Evidence, runs: Runs) -> str:
     """The rule as its module has it, and which runs there were when it was fixed."""
     text = (verdicts_module.__doc__ or "").split("\n\n", 1)[1].strip().replace("\n", " ")
     fixed = datetime.fromisoformat(FIXED)
-    begun = sum(datetime.fromisoformat(run["start"]) < fixed for run in runs)
+    cells = [cell for found in evidence.cells.values() for cell in found] + blocks_of(evidence)
+    settings = {cell.key.settings for cell in cells}
+    judged = [run for run in runs if run["settings"] in settings]
+    begun = sum(datetime.fromisoformat(run["start"]) < fixed for run in judged)
     when = fixed.strftime("%Y-%m-%d %H:%M UTC")
     return (
         f"{text}\n\nThe rule, and definitions and thresholds of the paper's claims, are of "
-        f"{when}. Of the {len(runs)} runs here {begun} had begun before, and their curves may have "
-        "been seen by then."
+        f"{when}. Of the {len(judged)} runs here that verdicts rest on (the figures' and those "
+        f"with other blocks; tuning apart) {begun or 'none'} had begun before. {HISTORY}"
     )
 
 
@@ -94,7 +137,7 @@ def details(verdict: Verdict) -> str:
         text.append(f"**{verdict.word}**: {verdict.why}.")
     if verdict.judged:
         rows = [_part_row(judged) for judged in verdict.judged]
-        text.append(_table(("part", "effect by seed", "needs", "comes out"), rows))
+        text.append(table(("part", "effect by seed", "needs", "comes out"), rows))
     return "\n\n".join(text)
 
 
@@ -125,15 +168,17 @@ def figure_sections(evidence: Evidence, folder: Path) -> Iterator[str | Chart]:
         yield Chart(name, words, f"{stem}.png", f"More of it: {more}." if more else "")
         yield (
             f"Runs: `make reproduce-{name} SCALE={scale}`. Figures: `make figures SCALE={scale}`. "
-            "Below: final values (medians over the last tenth of the updates), mean over the seeds "
-            "(least to greatest); accuracies in per cent. Seconds are of runs made side by side; "
-            "what an update takes is measured separately."
+            "Below: final values (medians over the last tenth of the updates, and over the last "
+            f"{FINAL_VALUES} evaluations at least), mean over the seeds (least to greatest); "
+            "accuracies in per cent. Seconds are of runs made side by side; what an update takes "
+            "is measured separately."
         )
         yield _final_values(cells, list(figure.panels))
         if any(lost for cell in cells for lost in cell.curves.diverged):
             yield (
                 "Where a seed diverged, the figure has a thin line for each seed and a cross at "
-                "its end; the thick line is the mean as long as all go on."
+                "its end; the thick line is the mean as long as all go on. Losses above "
+                f"{DIVERGENCE_FACTOR:g} times the initial one are drawn there."
             )
         yield from _equal_work(evidence, name)
 
@@ -159,7 +204,7 @@ def _equal_work(evidence: Evidence, experiment: str) -> Iterator[str]:
             if not found:
                 row += ["", ""]
         rows.append(row)
-    yield _table(("", "by updates", "at the end", "by gradient equivalents", "at the end"), rows)
+    yield table(("", "by updates", "at the end", "by gradient equivalents", "at the end"), rows)
 
 
 def _final_values(cells: Sequence[Cell], panels: Sequence[str]) -> str:
@@ -179,7 +224,7 @@ def _final_values(cells: Sequence[Cell], panels: Sequence[str]) -> str:
         row.append(f"{lost} of {len(cell.seeds)}, not in the means" if lost else "")
         rows.append(row)
     heads = [column.replace("_", " ") for column in columns]
-    return _table(
+    return table(
         ("", "updates", "epochs", "gradient equivalents", "seconds", *heads, "diverged"), rows
     )
 
@@ -237,7 +282,7 @@ def _time_table(times: Sequence[dict[str, str]]) -> str:
             [experiment, seed, *(f"{seconds[n]:.3g}" for n in NAMES), *(f"{r:.2f}" for r in ratios)]
         )
     heads = ("experiment", "seed", *NAMES.values(), "block-diagonal HF / HF", "/ Adam")
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _solve_table(solves: Sequence[dict[str, str]]) -> str:
@@ -251,7 +296,7 @@ def _solve_table(solves: Sequence[dict[str, str]]) -> str:
         reasons = ", ".join(dict.fromkeys(r["reason"] for r in mine))
         rows.append([experiment, seed, state, ", ".join(whole), ", ".join(blocks), reasons])
     heads = ("experiment", "seed", "weights after", "whole matrix", "blocks", "stopped by")
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def tuning(evidence: Evidence, scale: str) -> Iterator[str]:
@@ -279,7 +324,8 @@ def tuning(evidence: Evidence, scale: str) -> Iterator[str]:
             rows.append(
                 [group.experiment, NAMES.get(group.optimizer, group.optimizer), change, shown]
             )
-    yield _table(("experiment", "optimizer", "changed", "validation"), rows)
+    yield table(("experiment", "optimizer", "changed", "validation"), rows)
+    yield from _tuned_where_shipped_diverge(known)
     yield (
         "How the claims would come out on these runs: parts that hold, of one seed, with Adam at "
         "whatever it had reached, so these are no verdicts. One mini-batch was tuned: claims about "
@@ -289,7 +335,24 @@ def tuning(evidence: Evidence, scale: str) -> Iterator[str]:
         (claim.id, claim.text, *(count or "not tuned" for count in counts))
         for claim, counts in moved_verdicts(evidence)
     ]
-    yield _table(("", "claim", "as shipped", "Adam tuned", "all three tuned"), moved)
+    yield table(("", "claim", "as shipped", "Adam tuned", "all three tuned"), moved)
+
+
+def _tuned_where_shipped_diverge(known: Sequence[Trials]) -> Iterator[str]:
+    """A warning of seeds at which whatever is tried looks good."""
+    for name in dict.fromkeys(group.experiment for group in known):
+        shipped_ = [(g, g.shipped) for g in known if g.experiment == name and g.shipped is not None]
+        lost = [NAMES.get(g.optimizer, g.optimizer) for g, c in shipped_ if all(c.curves.diverged)]
+        if lost:
+            seeds = sorted({seed for g in known if g.experiment == name for c in g.cells
+                            for seed in c.seeds})  # fmt: skip
+            where = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+            who = " and ".join(lost)
+            yield (
+                f"Experiment {name} was tuned at {where} only, where {who} as shipped "
+                f"diverge{'s' if len(lost) == 1 else ''} on this split: what the tuning gains "
+                "there says nothing of other seeds."
+            )
 
 
 def settings(evidence: Evidence, scale: str) -> Iterator[str]:
@@ -322,7 +385,7 @@ def settings(evidence: Evidence, scale: str) -> Iterator[str]:
         "evaluated every",
         "on samples",
     )
-    yield _table((*heads, "target", "settings"), rows)
+    yield table((*heads, "target", "settings"), rows)
     yield (
         "Targets are ours, from first trials, for the counting of updates. Adam is at its plateau "
         f"where its training loss changes by less than {PLATEAU:.0%} in the second half of a run."
@@ -334,7 +397,9 @@ def deviations(runs: Runs) -> Iterator[str]:
     yield "## Where this departs from the paper, or had to choose"
     yield "Our copy of the paper's text has lost nearly all its numbers. Every value here is ours."
     table = _DEVIATIONS.read_text(encoding="utf-8").strip()
-    compressed = sorted({run["data"] for run in runs if "compression" in run["data"]})
+    found = {run["data"] for run in runs if "compression" in run["data"]}
+    # A validation split is said after the source that it is of.
+    compressed = sorted(d for d in found if not any(d != e and d.startswith(e) for e in found))
     if compressed:
         number = len(table.splitlines()) - 1
         table += (
@@ -348,7 +413,7 @@ def circumstances(results: Path, scale: str, runs: Runs) -> Iterator[str]:
     """Data, compute, divergences."""
     yield "## Data"
     data = sorted({(plain(run["data"]), plain(run["data_sha256"])) for run in runs})
-    yield _table(("data set", "sha256 of the decoded pixels and labels"), data)
+    yield table(("data set", "sha256 of the decoded pixels and labels"), data)
     yield "## Compute"
     keys = ("device", "processor", "threads", "torch", "git_commit", "git_dirty")
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
@@ -362,7 +427,7 @@ def circumstances(results: Path, scale: str, runs: Runs) -> Iterator[str]:
         for group, mine in sorted(groups.items())
     ]  # fmt: skip
     heads = ("device", "processor", "threads", "torch", "commit", "changed code", "runs")
-    yield _table((*heads, "hours in updates", "peak memory of a run, MiB"), rows)
+    yield table((*heads, "hours in updates", "peak memory of a run, MiB"), rows)
     for warning in mixtures(results, scale):
         yield f"Warning: {plain(warning)}."
     yield "## Divergences"
@@ -370,15 +435,37 @@ def circumstances(results: Path, scale: str, runs: Runs) -> Iterator[str]:
     columns = ("experiment", "run", "changed", "reason")
     rows = [[plain(run[column]) for column in columns] for run in lost]
     yield (
-        _table(("experiment", "run", "changed", "why"), rows)
+        table(("experiment", "run", "changed", "why"), rows)
         if rows
         else "None of the runs in the table diverged."
     )
+    yield from _lost_on_the_split_only(runs)
     yield (
         "A run that failed or was not finished is not in the table; where runs are made, "
         "`make plan` names it."
     )
     yield f"Every run, with its command and commit: [runs.csv](runs.csv). ({scale} scale)"
+
+
+def _lost_on_the_split_only(runs: Runs) -> Iterator[str]:
+    """Runs as shipped that diverged on the validation split, and not as a figure's."""
+    same = ("experiment", "optimizer", "batch_size", "curvature_batch_size", "seed")
+    fine = {
+        tuple(run[key] for key in same): run["run"]
+        for run in runs
+        if not run["changed"] and run["status"] == "finished"
+    }
+    for run in runs:
+        tried = run["study"] == STUDY and not changes_of(run["changed"])
+        other = fine.get(tuple(run[key] for key in same))
+        if tried and run["status"] == "diverged" and other is not None:
+            name = NAMES.get(run["optimizer"], run["optimizer"])
+            yield (
+                f"{name} in experiment {run['experiment']}, seed {run['seed']}, with the settings "
+                f"that ship: the figure's run ({plain(other)}) did not diverge; with "
+                f"samples held out for validation it did ({plain(run['run'])}, "
+                f"{plain(run['reason'])})."
+            )
 
 
 def _seconds_of(results: Path, scale: str) -> dict[str, float]:
@@ -393,7 +480,9 @@ def plain(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cells) + " |"
 

@@ -52,8 +52,13 @@ class Trials:
 
 def changes(cell: Cell) -> str:
     """What a trial changed, without the split and the budget, which all trials have."""
+    return changes_of(cell.key.changed)
+
+
+def changes_of(changed: str) -> str:
+    """The same of a run's ``changed``."""
     common = ("data.validation_rows=", "updates=")
-    words = [w for w in cell.key.changed.split() if not w.startswith(common)]
+    words = [w for w in changed.split() if not w.startswith(common)]
     return " ".join(word.removeprefix("optimizer.") for word in words)
 
 

@@ -1,15 +1,16 @@
-"""From claims to verdicts: the rule, fixed before looking.
+"""From claims to verdicts, by one rule (`HISTORY` says what was known when it was fixed).
 
 A claim has one or more parts, each an effect by seed. A part *holds* if the effect has the claimed
-sign in every seed (a tie has not), its median reaches the threshold stated with the part, and, from
-five seeds on, a bootstrap interval of its mean (95 %, BCa) lies above that threshold. A claim
-*holds* if all its parts do, *in part* if some do, and *does not hold* if none does. It is *not
-tested at this scale* where a part cannot be judged: fewer than three seeds, sizes that are missing,
-Adam not at its plateau (its training loss changed by 5 % or more in the second half of a run), a
-goal that neither side reached, or evaluations too far apart to tell when it was reached. A run that
-diverged (loss not finite, or above ten times the initial) counts as worse than any other from there
-on. Final values are medians over the last tenth of the updates, and over the last three evaluations
-at least; a goal is reached where the median of three evaluations reaches it.
+sign in every seed (a tie has not, save where to be level is what is claimed), its median reaches
+the threshold stated with the part, and, from five seeds on, a bootstrap interval of its mean (95 %,
+BCa) lies above that threshold. A claim *holds* if all its parts do, *in part* if some do, and *does
+not hold* if none does. It is *not tested at this scale* where any part cannot be judged, whatever
+becomes of the others: fewer than three seeds, sizes that are missing, Adam not at its plateau (its
+training loss changed by 5 % or more in the second half of a run), a goal that neither side reached,
+or evaluations too far apart to tell when it was reached. A run that diverged (loss not finite, or
+above ten times the initial) counts as worse than any other from there on. Final values are medians
+over the last tenth of the updates, and over the last three evaluations at least; a goal is reached
+where the median of three evaluations reaches it.
 """
 
 from __future__ import annotations
@@ -27,9 +28,20 @@ from scipy.stats import bootstrap
 
 from bdhf.report.evidence import Brackets, Evidence, UntestedError
 
-#: When this rule, a definition or a threshold of a claim was last changed: runs that began before
-#: may have been seen by then.
+#: When this rule, a definition or a threshold of a claim was last changed.
 FIXED = "2026-11-24T03:55:00+00:00"
+
+#: What was known by then, and what the last changes moved.
+HISTORY = (
+    "Verdicts on the laptop scale's figures and blocks had been drawn by an earlier form of the "
+    "rule, and committed (aac0c7b, 2026-11-24 02:12 UTC), when it got its present one (d6e2790, "
+    "04:02): a goal is reached where the median of three evaluations reaches it, a tie is not "
+    "the claimed sign, averages are shares and no longer differences of logarithms, and R3 says "
+    "nothing where neither loss rises by 2 %. On those runs this moved one part of L2 (updates "
+    "to the target at curvature 500, from *holds* to *not tested*) and no claim's verdict. (T1's "
+    "came later, with the timing of ResNet seed 2.) Since then words have changed, and no "
+    "definition."
+)
 
 Outcome = Literal["holds", "fails", "untested"]
 Word = Literal["holds", "holds in part", "does not hold", "not tested at this scale"]
@@ -130,6 +142,14 @@ class Verdict:
     word: Word
     judged: list[Judged]
     why: str = ""
+
+    @property
+    def failed(self) -> str:
+        """How many parts have failed of a claim that is not tested, in words; empty if none."""
+        count = sum(part.outcome == "fails" for part in self.judged)
+        if self.word != "not tested at this scale" or not count:
+            return ""
+        return f"{count} of {len(self.judged)} parts {'fails' if count == 1 else 'fail'} already"
 
 
 #: The paper's claims; others are of one's own.

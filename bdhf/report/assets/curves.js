@@ -66,7 +66,10 @@ function tracesOf(cell, view) {
 
   const traces = [];
   const averaged = view.mean && seeds.length > 1;
-  const mean = averaged ? meanOf(curves) : [];
+  // The last point of a seed that diverged is the one in which that was found.
+  const ended = (seed, { update }) => diverged(seed) && update === seed.axes.update.at(-1);
+  const going = curves.map((points, i) => points.filter((point) => !ended(seeds[i], point)));
+  const mean = averaged ? meanOf(going) : [];
   if (mean.length) {
     const upper = mean.map(({ x, high }) => ({ x, y: high }));
     const edge = upper.concat(mean.map(({ x, low }) => ({ x, y: low })).reverse());

@@ -68,8 +68,7 @@ def better_than_hf(evidence: Evidence) -> list[Part]:
 def more_stable(evidence: Evidence) -> list[Part]:
     """At each curvature mini-batch, evaluated at the same updates: all that the log of the training
     loss goes up between evaluations, summed over the course (infinite where a run diverges), is at
-    most half of HF's. Where HF's loss goes up by less than 2 % in all there is nothing to be calmer
-    than."""
+    most half of HF's. Where neither loss goes up by 2 % in all there is nothing to compare."""
     parts = []
     for ours, theirs in evidence.pairs(NAME):
         side_by_side(ours, theirs, "train_loss")  # what lies between evaluations is not seen
