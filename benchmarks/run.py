@@ -70,7 +70,7 @@ def update(
     """An update of so many CG iterations, gradient and curvature on the same mini-batch.
 
     Neither tolerance nor momentum, so that there are as many products whatever the numbers; a
-    learning rate of 0, so that all updates are made at the same point.
+    learning rate of 0, so that all updates are made at the same point. Each returns its path.
     """
     opt = BlockDiagonalHF(
         [{"params": block} for block in blocks],
@@ -83,11 +83,12 @@ def update(
     )
     batch = problem.inputs, problem.targets
 
-    def step() -> None:
+    def step() -> str:
         opt.step(problem.model, problem.criterion, batch, curvature_batch=problem.curvature_batch)
         assert opt.last_step is not None
         made = {block.iterations for block in opt.last_step.blocks}
         assert made == {iterations}, opt.last_step
+        return opt.last_step.path
 
     return step
 

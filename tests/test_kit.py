@@ -16,6 +16,8 @@ from suite import TINY, TINY_HF, without_clocks
 
 from bdhf.archive import bring_in
 from bdhf.record import read_metrics, read_provenance, read_table, write_table
+from bdhf.sweep import sweep
+from bdhf.training import Training
 
 ROOT = Path(__file__).parent.parent
 PACKED = "0123456789" * 4
@@ -66,6 +68,7 @@ def checkpoints(archive: Path) -> list[str]:
     return sorted(path.parent.name.split("-")[0] for path in found)
 
 
+@pytest.mark.slow
 def test_a_sweep_in_two_slices_on_two_machines(bundle: ModuleType, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -131,6 +134,51 @@ def test_a_sweep_in_two_slices_on_two_machines(bundle: ModuleType, tmp_path: Pat
         assert provenance["status"] == "finished"
         sessions = provenance["sessions"]
         assert {session["git_commit"] for session in sessions} == {PACKED}
+
+
+def test_a_run_that_the_time_limit_stopped_goes_on_on_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process: `sweep` is what the kit runs, `pack` and `bring_in` what it does then."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    kit = importlib.import_module("kit")
+    arguments = ["experiment=autoencoder", *TINY_HF, "optimizer=hf,bdhf", "evaluate_every=1"]
+    there, here, whole = (tmp_path / name / "results" for name in ("there", "here", "whole"))
+    made: list[int] = []
+    original = Training.update
+
+    def counted(training: Training) -> None:
+        original(training)
+        made.append(training.progress.update)
+
+    def late(training: Training) -> None:
+        counted(training)
+        if len(made) == 6:  # in the second of two runs of four updates
+            patch.setattr("bdhf.stopping.time.time", lambda: 1e12)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "update", late)
+        assert sweep([*arguments, f"results={there}", "time_limit=540"], "") == 0
+    assert made == [1, 2, 3, 4, 1, 2]
+    assert "left: autoencoder bdhf b60 c20 seed 0, stopped at update 2 of 4" in (
+        capsys.readouterr().out
+    )
+    kit.pack(there, tmp_path / "runs.tar.gz", False)
+    assert checkpoints(tmp_path / "runs.tar.gz") == ["bdhf"]  # and not that of the finished run
+
+    bring_in(tmp_path / "runs.tar.gz", here)
+    made.clear()
+    monkeypatch.setattr(Training, "update", counted)
+    assert sweep([*arguments, f"results={here}"], "") == 0
+    assert made == [3, 4]
+    monkeypatch.undo()
+    assert sweep([*arguments, f"results={whole}"], "") == 0
+    folders = sorted((whole / "runs" / "demo" / "autoencoder").iterdir())
+    assert len(folders) == 2
+    for folder in folders:
+        found = here / folder.relative_to(whole)
+        assert without_clocks(read_metrics(found)) == without_clocks(read_metrics(folder))
+        assert read_provenance(found)["status"] == "finished"
 
 
 def test_wheels_that_do_not_fit_are_said_to(bundle: ModuleType, tmp_path: Path) -> None:

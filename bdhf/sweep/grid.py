@@ -55,7 +55,8 @@ class Grid:
     """What a command line asks for.
 
     Attributes:
-        runs: in the order in which they are made: all of one seed, then all of the next.
+        runs: in the order in which they are made: all of one seed, figures' before studies', then
+            all of the next.
         refused: what is wrong with the others, each message once, with the number of runs.
         hydra: overrides that are Hydra's own, such as the launcher's.
     """
@@ -98,7 +99,11 @@ def expand(arguments: Sequence[str]) -> Grid:
             known = runs.setdefault(path, run)
             if run.config.updates > known.config.updates:
                 runs[path] = run
-    return Grid(sorted(runs.values(), key=lambda run: run.config.seed), refused, hydra)
+    return Grid(sorted(runs.values(), key=_order), refused, hydra)
+
+
+def _order(run: GridRun) -> tuple[int, bool]:
+    return run.config.seed, run.config.study is not None
 
 
 @dataclass(frozen=True)
