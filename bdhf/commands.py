@@ -14,7 +14,7 @@ from bdhf.data import DataError
 from bdhf.errors import ConfigError
 from bdhf.experiment import CONFIGS, Experiment
 from bdhf.mirror import mirrored
-from bdhf.processes import Processes, joined, launched, leading, with_own_device
+from bdhf.processes import Processes, joined, launched, leading, leave, with_own_device
 from bdhf.progress import say
 from bdhf.ranks import RankLostError
 from bdhf.record import RunFolder
@@ -57,7 +57,7 @@ def main(experiment: Experiment) -> None:
             exit_code = 128 + signal.SIGINT
 
     job()
-    sys.exit(exit_code)
+    leave(exit_code)
 
 
 def _lead(experiment: Experiment, config: Config, processes: Processes) -> int:

@@ -46,6 +46,10 @@ class Team:
     blocks: tuple[int, ...]
     ranks: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        for name in ("blocks", "ranks"):  # lists are as good
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
 
 def balanced_teams(costs: Sequence[float], ranks: int) -> list[Team]:
     """Teams of ``ranks`` for blocks of these ``costs``, so that the slowest has little to do.

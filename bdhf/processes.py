@@ -10,10 +10,11 @@ import dataclasses
 import datetime
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -46,6 +47,11 @@ class Processes:
     def alone(self) -> bool:
         """Whether there is no other process."""
         return self.count == 1
+
+    @property
+    def first_of_machine(self) -> bool:
+        """Whether this is the first process that torchrun started on its machine."""
+        return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
     def tell(self, word: Any) -> None:
         """Say a word to all others, who `hear` it."""
@@ -144,5 +150,17 @@ def joined(config: Config) -> Iterator[Processes]:
     # After an error nothing more is said: the others may be waiting for something else. They find
     # this process gone.
     yield processes
-    processes.meet()  # since gloo aborts where one leaves while another still talks
-    dist.destroy_process_group()
+    processes.meet()  # nobody leaves while another still talks
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process.
+
+    One of torchrun's at once, without taking down what connects it: gloo's threads may abort a
+    process that does, now and then, though all is done.
+    """
+    if launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)

@@ -194,22 +194,35 @@ class Ranks:
         """The team that this rank is in."""
         return next(team for team in teams if self.rank in team.ranks)
 
-    def compare(self, parameters: Sequence[Tensor]) -> None:
+    def compare_weights(self, weights: Sequence[Tensor]) -> None:
         """Look once whether all ranks have the same weights, or they would never find out.
 
         Raises:
             ValueError: they have not.
         """
-        if self._compared:
-            return
-        mine = torch.stack([p.detach().double().square().sum() for p in parameters])
-        found = self.all_gather(mine)
-        if not all(torch.allclose(mine, other, rtol=1e-6, equal_nan=True) for other in found):
+        if not self._compared and not self._have_the_same(weights):
             raise ValueError(
                 "the ranks have different weights; build the model from the same seed on each, or "
                 "load the same state, or wrap it in DDP, which copies those of rank 0"
             )
         self._compared = True
+
+    def compare_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Look whether all ranks have the same gradients.
+
+        Raises:
+            ValueError: they have not.
+        """
+        if not self._have_the_same(gradients):
+            raise ValueError(
+                "batch=None uses the gradients in p.grad, and the ranks have different ones; "
+                "reduce them first, as DDP's backward pass does, or pass a batch"
+            )
+
+    def _have_the_same(self, tensors: Sequence[Tensor]) -> bool:
+        mine = torch.stack([x.detach().double().square().sum() for x in tensors])
+        found = self.all_gather(mine)
+        return all(torch.allclose(found[0], other, rtol=1e-6, equal_nan=True) for other in found)
 
     # What is said.
 

@@ -128,7 +128,8 @@ class RunFolder:
             torch.cuda.reset_peak_memory_stats()
         values = OmegaConf.to_yaml(OmegaConf.create(settings_of(config)))
         _write(self.path / "config.yaml", values.encode())
-        session = {"start": _now(), "end": None, **_circumstances(facts.pop("device"), command)}
+        circumstances = _circumstances(facts.pop("device"), facts.pop("ranks"), command)
+        session = {"start": _now(), "end": None, **circumstances}
         self._provenance.update(facts, sessions=[*self._provenance.get("sessions", []), session])
         self._conclude("running", "")
 
@@ -352,7 +353,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "")
 
 
-def _circumstances(device: str, command: str) -> dict[str, Any]:
+def _circumstances(device: str, ranks: int, command: str) -> dict[str, Any]:
     """What may matter for telling two sessions apart, and is nobody's setting."""
     return {
         **version(),
@@ -361,6 +362,7 @@ def _circumstances(device: str, command: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "platform": platform.platform(),
         "device": device,
+        "ranks": ranks,
         "processor": processor(),
         "threads": torch.get_num_threads(),
     }

@@ -180,6 +180,8 @@ def follow(experiment: Experiment, config: Config, processes: Processes) -> int:
         RankLostError: another process is gone.
     """
     use_machine(config.threads, config.tf32)
+    if processes.first_of_machine:
+        say(f"{processes}: follows rank 0, which has the run's folder and says how it goes")
     word = processes.hear()
     while not isinstance(word, int):
         images = load(config.data.name, config.data.root, config.data.validation_rows)

@@ -41,6 +41,9 @@ class SharedUpdate(Update):
         """Compute the gradient, linearise, and start the systems."""
         batches = self.batch, self.curvature_batch
         self._split = split(self.ranks, self.model, self.criterion, *batches)
+        if self.batch is None:
+            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+            self.ranks.compare_gradients(found)
         super().begin()
 
     def loss_and_gradient(self, batch: Batch) -> Tensor:

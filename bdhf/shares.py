@@ -90,7 +90,7 @@ def split(ranks: Ranks, model: nn.Module, criterion: Criterion, *batches: Batch 
             rank; or, at first, the ranks have different weights. All ranks raise it, so that none
             waits for another.
     """
-    ranks.compare(list(model.parameters()))
+    ranks.compare_weights(list(model.parameters()))
     rows, mean, fault = [0] * len(batches), False, None
     try:
         for number, batch in enumerate(batches):

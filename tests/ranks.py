@@ -189,7 +189,7 @@ def teams_of_one_are_silent_during_cg() -> None:
         layers = [list(layer.parameters()) for layer in case.model if isinstance(layer, nn.Linear)]
         case.blocks = layers
 
-    teams = [bdhf.Team((0, 2), (1,)), bdhf.Team((1,), (0,))]
+    teams: list[Any] = [bdhf.Team((0, 2), (1,)), bdhf.Team([1], [0])]  # type: ignore[arg-type]
     teams += [bdhf.Team((), (k,)) for k in range(2, size())]
     opt = compare("tanh MLP, MSE mean", whole=True, edit=blocks_of, placement=teams)
     reduced, sent = said(opt, "all_reduce", size()), said(opt, "broadcast", size())
@@ -433,6 +433,12 @@ def refusals() -> None:
     words = "with targets equal to" if rank() == 1 else "rank 1 refuses its rows, and says itself"
     with pytest.raises(ValueError, match=words):
         opt.step(case.model, case.criterion, part(case.batch, [0, 2, 3, 3, 3][: size() + 1]))
+    case = make_case("tanh MLP, MSE mean", torch.float64)
+    mine = part(case.batch, uneven(6))
+    case.criterion(case.model(mine[0]), mine[1]).backward()  # and nobody reduces it
+    opt = bdhf.BlockDiagonalHF(groups_of(case), process_group=world)
+    with pytest.raises(ValueError, match="in p.grad, and the ranks have different ones; reduce"):
+        opt.step(case.model, case.criterion, curvature_batch=mine)
     for make in (
         lambda model: bdhf.BlockDiagonalHF(model.parameters(), process_group=world),
         lambda model: FirstOrder(torch.optim.SGD(model.parameters()), process_group=world),

@@ -159,7 +159,7 @@ def test_run_of_two_processes(tmp_path: Path, alone: list[Row]) -> None:
     # One process speaks, and writes.
     assert output.count(": finished, 10 updates") == 1 and output.count("update 10/10") == 1
     provenance = read_provenance(folder)
-    assert provenance["ranks"] == 2 and provenance["path"].endswith("rank 0 of 2")
+    assert provenance["sessions"][-1]["ranks"] == 2 and provenance["path"].endswith("rank 0 of 2")
     said = {(c["kind"], c["calls"]) for c in provenance["traffic"]}
     assert said == {("all_reduce", 1), ("broadcast", 2)}
     again = made(2, *LSTM, "updates=10", f"results={tmp_path}")
@@ -190,7 +190,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path: Path, alone: li
     made(1, *LSTM, "updates=10", f"results={tmp_path}")
     folder = folder_in(tmp_path)
     assert_close(read_metrics(folder), alone)
-    assert len(read_provenance(folder)["sessions"]) == 3
+    assert [session["ranks"] for session in read_provenance(folder)["sessions"]] == [4, 2, 1]
 
 
 @pytest.mark.slow
@@ -199,9 +199,8 @@ def test_script_of_the_readme(tmp_path: Path) -> None:
     (script,) = [text for text in scripts if "init_process_group" in text]
     (tmp_path / "own.py").write_text(script)
     output = made(2, str(tmp_path / "own.py"))
-    losses = re.findall(r"^([\d.]+) \(Collective", output, re.MULTILINE)
-    assert len(losses) == 2 and losses[0] == losses[1]
-    assert float(losses[0]) < 0.8  # of 1.1 at first
+    (loss,) = re.findall(r"^([\d.]+) \(Collective", output, re.MULTILINE)
+    assert float(loss) < 0.8  # of 1.1 at first
 
 
 @pytest.mark.slow
