@@ -14,7 +14,15 @@ from bdhf.data import DataError
 from bdhf.errors import ConfigError
 from bdhf.experiment import CONFIGS, Experiment
 from bdhf.mirror import mirrored
-from bdhf.processes import Processes, joined, launched, leading, leave, with_own_device
+from bdhf.processes import (
+    Processes,
+    first_of_machine,
+    joined,
+    launched,
+    leading,
+    leave,
+    with_own_device,
+)
 from bdhf.progress import say
 from bdhf.ranks import RankLostError
 from bdhf.record import RunFolder
@@ -42,7 +50,7 @@ def main(experiment: Experiment) -> None:
         try:
             config = with_own_device(checked(composed))
         except ConfigError as error:
-            if leading():  # all processes find the same
+            if first_of_machine():  # all of a machine find the same
                 print(f"error: {error}", file=sys.stderr)
             return
         try:

@@ -105,7 +105,8 @@ class Config:
     threads: int | None = None
     micro_batch: int | None = None
     # Under torchrun: which ranks solve which blocks (counted, measured or data; see
-    # `bdhf.BlockDiagonalHF`), and for how long one waits for another that does not answer.
+    # `bdhf.BlockDiagonalHF`), and for how long one waits for another that does not answer, or
+    # evaluates.
     placement: str = "counted"
     collective_seconds: float = 600.0
     time_limit: float | None = None

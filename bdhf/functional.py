@@ -82,6 +82,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model if original is model else unwrapped(original)
 
 
+def without_ddp(model: nn.Module) -> nn.Module:
+    """The network that a DDP wrapper holds; any other as it is."""
+    found: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+    return found
+
+
 @dataclass(frozen=True)
 class RandomState:
     """The state of the random generators from which a network draws; None: it draws nothing."""

@@ -59,7 +59,9 @@ class BlockDiagonalHF(Optimizer):
             update; ``"data"``: all ranks solve all blocks, on parts of the curvature mini-batch.
             Or a list of `Team`.
         sharded: whether each rank passes `step` rows of its own, as with DDP; False: all pass the
-            same mini-batches, and each takes its part of them.
+            same mini-batches, and each takes its part of them. Samples are along the first
+            dimension. Dropout draws masks for each share anew: those of gradient and curvature
+            differ then.
 
     The default values are this project's choices for the paper's experiments.
 
@@ -104,6 +106,12 @@ class BlockDiagonalHF(Optimizer):
         self.last_step, self.cuda_graphs = None, getattr(self, "cuda_graphs", False)
         self.ranks = getattr(self, "ranks", None)  # a copy or a pickle is of one process
         self._forget()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, also of another number of ranks; see `torch.optim.Optimizer`."""
+        super().load_state_dict(state_dict)
+        if self.ranks is not None:
+            self.ranks.compared = False
 
     def _forget(self) -> None:
         """What was kept from one update to the next to save time."""

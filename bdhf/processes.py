@@ -48,11 +48,6 @@ class Processes:
         """Whether there is no other process."""
         return self.count == 1
 
-    @property
-    def first_of_machine(self) -> bool:
-        """Whether this is the first process that torchrun started on its machine."""
-        return int(os.environ.get("LOCAL_RANK", "0")) == 0
-
     def tell(self, word: Any) -> None:
         """Say a word to all others, who `hear` it."""
         if not self.alone:
@@ -106,6 +101,11 @@ def launched() -> bool:
 def leading() -> bool:
     """Whether this process leads, or is alone; known before the processes have met."""
     return not launched() or int(os.environ["RANK"]) == 0
+
+
+def first_of_machine() -> bool:
+    """Whether torchrun started this process first on its machine, or did not start it."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def with_own_device(config: Config) -> Config:

@@ -32,6 +32,7 @@ class Ranks:
     Attributes:
         rank, size: this rank's place, and how many there are.
         sharded: as above.
+        compared: whether weights and state were found to be the same on all.
 
     Raises:
         ValueError: an argument is of no use; the message says which.
@@ -60,7 +61,7 @@ class Ranks:
         self._group, self._placement, self.sharded = group, placement, sharded
         self._groups[tuple(range(self.size))] = group
         self._check_placement()
-        self._compared = False
+        self.compared = False
         self._teams: dict[Any, list[Team]] = {}  # by the blocks' shapes
         self._said: dict[tuple[str, int], tuple[int, int]] = {}
 
@@ -151,11 +152,20 @@ class Ranks:
         everyone = tuple(range(self.size))
         if not self._rows and (self._placement == "data" or len(blocks) == 1):
             return [Team(tuple(range(len(blocks))), everyone)]
-        found = torch.zeros(len(blocks), dtype=torch.float64)
+        device = blocks[0][0].device
+        found = torch.full((len(blocks),), torch.nan, dtype=torch.float64, device=device)
+        fault = None
         if self.rank == judge:
-            found += torch.tensor(costs(self._placement == "measured"), dtype=torch.float64)
-        found = found.to(blocks[0][0].device)
+            try:
+                found.copy_(torch.tensor(costs(self._placement == "measured")))
+            except Exception as error:  # of whatever kind a network's operations raise
+                fault = error
         self.broadcast(found, judge)
+        if bool(found.isnan().any()):
+            raise ValueError(
+                f"placement={self._placement!r}: rank {judge} could not tell what products cost; "
+                "give placement='data', or a list of bdhf.Team"
+            ) from fault
         if not self._rows:
             return balanced_teams(found.tolist(), self.size)
         packed = balanced_blocks(found.tolist(), len(self._rows))
@@ -168,13 +178,14 @@ class Ranks:
                 continue
             # All processes take part in making a group. (A local one that torch offers leaves them
             # with different names for the next; torch 2.14.)
-            if self._group != dist.group.WORLD:
+            if self.size != dist.get_world_size():
                 raise ValueError(
                     f"placement puts ranks {team.ranks} in a team, and process_group holds some of "
                     "the processes only, which cannot make teams of several; give "
                     "torch.distributed.group.WORLD, or placement='data'"
                 )
-            made: Any = dist.new_group(list(team.ranks), timeout=self._time_out())
+            everywhere = [dist.get_global_rank(self._group, rank) for rank in team.ranks]
+            made: Any = dist.new_group(everywhere, timeout=self._time_out())
             self._groups[team.ranks] = made
 
     def _known(self, team: Team) -> bool:
@@ -194,18 +205,17 @@ class Ranks:
         """The team that this rank is in."""
         return next(team for team in teams if self.rank in team.ranks)
 
-    def compare_weights(self, weights: Sequence[Tensor]) -> None:
-        """Look once whether all ranks have the same weights, or they would never find out.
+    def compare_once(self, weights: Sequence[Tensor]) -> None:
+        """Look at first whether all ranks have the same weights, or they would never find out.
 
         Raises:
             ValueError: they have not.
         """
-        if not self._compared and not self._have_the_same(weights):
+        if not self.compared and not self.have_the_same(_squares(weights)):
             raise ValueError(
                 "the ranks have different weights; build the model from the same seed on each, or "
                 "load the same state, or wrap it in DDP, which copies those of rank 0"
             )
-        self._compared = True
 
     def compare_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Look whether all ranks have the same gradients.
@@ -213,16 +223,21 @@ class Ranks:
         Raises:
             ValueError: they have not.
         """
-        if not self._have_the_same(gradients):
+        if not self.have_the_same(_squares(gradients)):
             raise ValueError(
                 "batch=None uses the gradients in p.grad, and the ranks have different ones; "
                 "reduce them first, as DDP's backward pass does, or pass a batch"
             )
 
-    def _have_the_same(self, tensors: Sequence[Tensor]) -> bool:
-        mine = torch.stack([x.detach().double().square().sum() for x in tensors])
-        found = self.all_gather(mine)
-        return all(torch.allclose(found[0], other, rtol=1e-6, equal_nan=True) for other in found)
+    def have_the_same(self, numbers: Tensor) -> bool:
+        """Whether all ranks have these numbers, to rounding, and as many."""
+        lengths = self.all_gather(torch.tensor([len(numbers)], device=numbers.device))
+        if len({int(length) for length in lengths}) > 1:
+            return False
+        found = self.all_gather(numbers)
+        return all(
+            torch.allclose(found[0], other, rtol=1e-6, atol=0, equal_nan=True) for other in found
+        )
 
     # What is said.
 
@@ -273,12 +288,18 @@ class Ranks:
         return tuple(Collective(*key, *counts) for key, counts in said.items())
 
 
+#: What gloo, NCCL and torch's store speak of where a rank is gone or silent.
+_LOST = ("gloo/transport", "connection", "timed out", "timeout", "socket", "nccl")
+
+
 @contextmanager
 def failures_named(rank: str) -> Iterator[None]:
-    """A collective inside that fails says what that means, as `RankLostError`."""
+    """A collective inside that fails for want of another rank says so, as `RankLostError`."""
     try:
         yield
     except RuntimeError as error:
+        if not any(word in str(error).lower() for word in _LOST):
+            raise
         first, *_ = str(error).strip().splitlines() or [type(error).__name__]
         why, _, _ = first.partition(". ")  # gloo goes on with advice
         raise RankLostError(
@@ -296,3 +317,7 @@ def ranks_of(
         return None
     ranks = Ranks(process_group, placement, sharded)
     return ranks if ranks.size > 1 else None
+
+
+def _squares(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([x.detach().double().square().sum() for x in tensors])

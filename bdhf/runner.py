@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from bdhf.config import Config, check_against_data, device_of
 from bdhf.data import Images, load, stand_in
@@ -18,7 +20,7 @@ from bdhf.errors import require
 from bdhf.experiment import Experiment
 from bdhf.functional import RandomState
 from bdhf.machine import release_memory, use_machine
-from bdhf.processes import ALONE, Processes
+from bdhf.processes import ALONE, Processes, first_of_machine
 from bdhf.progress import ProgressDisplay, say
 from bdhf.record import RunFolder, sizes_in_short
 from bdhf.steps import BlockStep, Collective, StepReport
@@ -150,7 +152,8 @@ def _make(
         while True:
             _restore(folder, training)
             if not processes.alone:
-                processes.tell(_checkpoint(training))
+                # Each process takes it to its own device.
+                processes.tell(tree_map_only(Tensor, Tensor.cpu, _checkpoint(training)))
             outcome = _train(folder, training, config, stopping, display, processes)
             if outcome is not None:
                 break
@@ -180,7 +183,7 @@ def follow(experiment: Experiment, config: Config, processes: Processes) -> int:
         RankLostError: another process is gone.
     """
     use_machine(config.threads, config.tf32)
-    if processes.first_of_machine:
+    if first_of_machine():
         say(f"{processes}: follows rank 0, which has the run's folder and says how it goes")
     word = processes.hear()
     while not isinstance(word, int):
@@ -337,14 +340,17 @@ def _train(
 
         try:
             outcome = training.run(on_row, on_update, stop)
-        except torch.OutOfMemoryError:
-            if config.micro_batch == 1 or not processes.alone:  # the others may have had enough
+        except torch.OutOfMemoryError as error:
+            if not processes.alone:  # the others may have had enough
+                hint = f"micro_batch={_smaller_piece(config)} needs less, with equal results"
+                raise RuntimeError(f"out of GPU memory; {hint}") from error
+            if config.micro_batch == 1:
                 raise
             return None
-    if outcome.status != "stopped":
-        processes.goes_on(False)
     # Kept for good, so that a larger budget can continue from here.
     writer.write()
+    if outcome.status != "stopped":
+        processes.goes_on(False)
     return outcome
 
 

@@ -40,11 +40,23 @@ class SharedUpdate(Update):
     def begin(self) -> None:
         """Compute the gradient, linearise, and start the systems."""
         batches = self.batch, self.curvature_batch
+        if not self.ranks.compared:
+            self._compare_state()
         self._split = split(self.ranks, self.model, self.criterion, *batches)
         if self.batch is None:
             found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
             self.ranks.compare_gradients(found)
         super().begin()
+
+    def _compare_state(self) -> None:
+        """Refuse ranks that start from different solutions: they would wait for each other."""
+        last = [self._last_solution(p) for p in self.parameters]
+        found = [-1.0 if x is None else float(x.double().square().sum()) for x in last]
+        numbers = torch.tensor(found, dtype=torch.float64, device=self.parameters[0].device)
+        if not self.ranks.have_the_same(numbers):
+            raise ValueError(
+                "the ranks have different optimizer states, or parameters; load the same on all"
+            )
 
     def loss_and_gradient(self, batch: Batch) -> Tensor:
         share = self._split.share(0, batch)

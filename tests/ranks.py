@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import bdhf
+import bdhf.shared_update
 from bdhf.first_order import FirstOrder
 from bdhf.steps import Collective
 
@@ -215,7 +216,8 @@ def a_mesh_gives_the_teams() -> None:
         for whole in (False, True):
             compare("tanh MLP, MSE mean", whole=whole, process_group=mesh)
     mesh = init_device_mesh("cpu", (size(),))
-    compare("tanh MLP, MSE mean", process_group=mesh, placement="data")
+    for placement in ("data", "counted"):
+        compare("tanh MLP, MSE mean", process_group=mesh, placement=placement)
 
 
 @check
@@ -373,6 +375,64 @@ def state_goes_on_alone() -> None:
     assert_close(alone.model, case.model)
     twin = copy.deepcopy(opt)
     assert twin.ranks is None and opt.ranks is not None
+
+
+class WithExtra(nn.Module):
+    """Takes something that has no rows beside what has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, extra: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)) + 0 * extra.sum())
+
+
+@check
+def what_ranks_do_not_share_is_refused_by_all() -> None:
+    """Nobody waits for a rank that has other batches, other states, or an error."""
+    world: Any = dist.group.WORLD
+
+    def fresh(**how: Any) -> tuple[Case, bdhf.BlockDiagonalHF]:
+        case = make_case("tanh MLP, MSE mean", torch.float64)
+        return case, bdhf.BlockDiagonalHF(groups_of(case), process_group=world, **how)
+
+    for sharded in (True, False):
+        case, opt = fresh(sharded=sharded)
+        x, y = case.batch
+        with pytest.raises(ValueError, match="batch has 5 rows of inputs and 6 of targets; put"):
+            opt.step(case.model, case.criterion, (x[:5], y))
+    case, opt = fresh(sharded=False)
+    x, y = case.batch
+    for other in ((x[: 4 + (rank() == 0)], y[: 4 + (rank() == 0)]), (x + rank(), y)):
+        with pytest.raises(ValueError, match="were given different mini-batches with sharded=Fal"):
+            opt.step(case.model, case.criterion, other)
+    case, opt = fresh()
+    if rank() == 0:
+        one = bdhf.BlockDiagonalHF(groups_of(case), lr=0.0)
+        one.step(case.model, case.criterion, case.batch)
+        opt.load_state_dict(one.state_dict())
+    with pytest.raises(ValueError, match="the ranks have different optimizer states, or param"):
+        opt.step(case.model, case.criterion, part(case.batch, uneven(6)))
+    case, opt = fresh()
+    costs = bdhf.shared_update.product_costs
+    bdhf.shared_update.product_costs = lambda *_: [][0]
+    try:
+        with pytest.raises(ValueError, match="rank 0 could not tell what products cost; give pla"):
+            opt.step(case.model, case.criterion, part(case.batch, uneven(6)))
+    finally:
+        bdhf.shared_update.product_costs = costs
+    for placement, refused in (("data", False), ("counted", True)):
+        torch.manual_seed(0)
+        model = WithExtra().double()
+        groups = bdhf.blocks_from_modules(model.first, model.second)
+        opt = bdhf.BlockDiagonalHF(groups, process_group=world, placement=placement)
+        batch = (torch.randn(3, 4).double(), torch.ones(3 + rank()).double()), torch.randn(3, 3)
+        if refused:
+            with pytest.raises(ValueError, match="tensors differ between ranks in more than their"):
+                opt.step(model, nn.MSELoss(), batch)
+        else:
+            opt.step(model, nn.MSELoss(), batch)
 
 
 @check
