@@ -164,11 +164,11 @@ _ASSUMPTIONS = (
     "Nothing overlaps: no collective is hidden behind arithmetic, as DDP hides much of the "
     "gradient's. No rank is late, and networks do not get crowded.",
     "The single device replays no CUDA graphs here, as several do not.",
-    "Counted where all ranks are given the same mini-batches, as the experiments are; ranks with rows "
-    "of their own also gather their numbers, and teams the curvature mini-batch. The word before each "
-    "update, of one byte, is not counted.",
-    "Of the collectives in a team of several ranks two thirds are inner products of a few bytes, which "
-    "keep its ranks together; they could ride with the products.",
+    "Counted where all ranks are given the same mini-batches, as the experiments are; ranks with "
+    "rows of their own also gather their numbers, and teams the curvature mini-batch. The word "
+    "before each update, of one byte, is not counted.",
+    "Of the collectives in a team of several ranks two thirds are inner products of a few bytes, "
+    "which keep its ranks together; they could ride with the products.",
 )
 
 
