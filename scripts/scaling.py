@@ -24,7 +24,7 @@ from bdhf.errors import ConfigError
 from bdhf.experiment import experiment_names, find_experiment
 from bdhf.machine import use_machine
 from bdhf.measure_ranks import PROCESSES, measure
-from bdhf.processes import launched
+from bdhf.processes import launched, leave
 from bdhf.record import read_table, write_table
 from bdhf.report.devices import draw_scaling
 from bdhf.report.evidence import read_evidence
@@ -116,8 +116,8 @@ def measured_here(arguments: argparse.Namespace) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_table(path) if row["experiment"] not in done]
         write_table(path, sorted([*kept, *rows], key=lambda row: str(row["experiment"])))
-    dist.barrier()  # gloo aborts a process that leaves early
-    dist.destroy_process_group()
+    dist.barrier()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -198,7 +198,9 @@ def test_script_of_the_readme(tmp_path: Path) -> None:
     scripts = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (script,) = [text for text in scripts if "init_process_group" in text]
     (tmp_path / "own.py").write_text(script)
-    output = made(2, str(tmp_path / "own.py"))
+    # Whatever becomes of the processes once all is said: gloo's threads may abort one that takes
+    # down its connections.
+    output, _ = launch(2, str(tmp_path / "own.py")).communicate(timeout=300)
     (loss,) = re.findall(r"^([\d.]+) \(Collective", output, re.MULTILINE)
     assert float(loss) < 0.8  # of 1.1 at first
 
