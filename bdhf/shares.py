@@ -127,13 +127,7 @@ def split(ranks: Ranks, model: nn.Module, criterion: Criterion, *batches: Batch 
         bounds = [_bounds(count, ranks.size) for count in rows]
         counts = [[stop - start for start, stop in itertools.pairwise(b)] for b in bounds]
         if not ranks.compared and fault is None:
-            sums = [0.0 if batch is None else _sum(batch) for batch in batches]
-            numbers = torch.tensor([*rows, *sums], dtype=torch.float64, device=device)
-            if not ranks.have_the_same(numbers):
-                raise ValueError(
-                    "the ranks were given different mini-batches with sharded=False; give all the "
-                    "same, or each its own rows with sharded=True"
-                )
+            _check_the_same(ranks, batches, rows, device)
     if fault is not None:
         raise fault
     for name, batch, of_ranks in zip(_NAMES, batches, counts, strict=False):
@@ -150,6 +144,18 @@ def _check_rows(name: str, batch: Batch, rows: int) -> None:
         raise ValueError(
             f"process_group cuts mini-batches along the first dimension, and {name} has "
             f"{rows} rows of inputs and {len(targets[0])} of targets; put the samples first"
+        )
+
+
+def _check_the_same(
+    ranks: Ranks, batches: Sequence[Batch | None], rows: Sequence[int], device: torch.device
+) -> None:
+    """Refuse ranks that are to share mini-batches and have different ones."""
+    sums = [0.0 if batch is None else _sum(batch) for batch in batches]
+    if not ranks.have_the_same(torch.tensor([*rows, *sums], dtype=torch.float64, device=device)):
+        raise ValueError(
+            "the ranks were given different mini-batches with sharded=False; give all the same, or "
+            "each its own rows with sharded=True"
         )
 
 
