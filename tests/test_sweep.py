@@ -285,11 +285,11 @@ def test_run_of_another_process_is_waited_for_and_taken_over(
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
 
-        def killed_at_the_first_pause(seconds: float) -> None:
+        def killed_at_the_first_pause() -> None:
             holder.kill()
             holder.wait()
 
-        monkeypatch.setattr("bdhf.sweep.launching.time.sleep", killed_at_the_first_pause)
+        monkeypatch.setattr("bdhf.sweep.launching._pause", killed_at_the_first_pause)
         assert sweep([*SMALL, f"results={tmp_path}"], "") == 0
     monkeypatch.undo()
     out = capsys.readouterr().out

@@ -107,7 +107,7 @@ def launch(
             if not waited:
                 note(f"waiting for {len(left)} runs that another process is at work on")
             waited = True
-            time.sleep(_PAUSE)
+            _pause()
             continue
         batch = [run for run in free if deaths[run.folder().path] < 2] or free[:1]
         began = time.time()
@@ -123,6 +123,10 @@ def launch(
         if len(batch) == 1 and deaths[path] > 1 and not stopping():
             failed[path] = f"its process died, or never began: {word}"
     return failed
+
+
+def _pause() -> None:
+    time.sleep(_PAUSE)
 
 
 def _launch_once(
