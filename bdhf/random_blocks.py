@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,26 +11,25 @@ from torch.func import functional_call
 
 
 class RandomBlocks(nn.Module):
-    """``network`` with its trainable parameters gathered from ``count`` vectors of equal size.
+    """``network`` with its trainable parameters gathered from vectors, the blocks.
 
     Outputs and starting point are the network's own; only which scalars share a block of the
-    Gauss-Newton matrix changes. The paper's blocks are layers; these take from every layer alike,
-    so they keep none of the curvature's structure. How much of the matrix they keep, one of
-    ``count`` parts of its entries, is what as many layers keep only where these are of equal size.
+    Gauss-Newton matrix changes. The paper's blocks are layers; these take from every layer alike:
+    with sizes of layers they keep as many entries of the matrix, but none of its structure.
 
     Args:
         network: the network; its parameters become constants of no account.
-        count: how many blocks; their sizes differ by one at most.
+        sizes: of the blocks; or how many, and they differ by one scalar at most.
         seed: of the draw. The same for all runs, so that seeds differ in what they always do.
 
     Raises:
-        ValueError: there are fewer parameters than blocks, two modules share one, one is frozen, or
-            the network has buffers.
+        ValueError: there are fewer parameters than blocks, or other ones than the sizes add up to,
+            two modules share one, one is frozen, or the network has buffers.
     """
 
     order: Tensor
 
-    def __init__(self, network: nn.Module, count: int, seed: int = 0) -> None:
+    def __init__(self, network: nn.Module, sizes: int | Sequence[int], seed: int = 0) -> None:
         super().__init__()
         named = dict(network.named_parameters(remove_duplicate=False))
         if len(named) != len(set(named.values())):
@@ -39,11 +39,17 @@ class RandomBlocks(nn.Module):
         if any(True for _ in network.buffers()):
             raise ValueError("random blocks: this network has buffers, which nothing would move")
         flat = torch.cat([p.detach().reshape(-1) for p in named.values()])
-        if not 1 <= count <= len(flat):
-            raise ValueError(f"count={count}; must be between 1 and {len(flat)}, its parameters")
+        if isinstance(sizes, int):
+            if not 1 <= sizes <= len(flat):
+                raise ValueError(
+                    f"sizes={sizes}; must be between 1 and {len(flat)}, its parameters"
+                )
+            sizes = [len(part) for part in flat.tensor_split(sizes)]
+        if sum(sizes) != len(flat):
+            raise ValueError(f"sizes={list(sizes)}; must add up to {len(flat)}, its parameters")
         drawn = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))
         # In the order of memory inside a block, which makes no difference but to the cache.
-        chosen = [block.sort().values for block in drawn.tensor_split(count)]
+        chosen = [block.sort().values for block in drawn.split(list(sizes))]
         self.blocks = nn.ParameterList(nn.Parameter(flat[places].clone()) for places in chosen)
         # No part of the state: the draw gives it again.
         self.register_buffer("order", torch.cat(chosen), persistent=False)

@@ -140,7 +140,8 @@ def made(name: str, blocks: str | None) -> tuple[nn.Module, list[list[int]], Blo
         ("bdhf", "1", [[20, 5, 25, 5, 15, 3]]),
         ("bdhf", "3", [[20, 5], [25, 5], [15, 3]]),
         ("bdhf", "random-1", [[73]]),
-        ("bdhf", "random-3", [[25], [24], [24]]),
+        ("bdhf", "random-2", [[25], [48]]),
+        ("bdhf", "random-3", [[25], [30], [18]]),
     ],
 )
 def test_blocks_are_the_chosen_ones(name: str, blocks: str | None, expected: Any) -> None:

@@ -101,6 +101,12 @@ def test_every_scalar_is_in_one_block_and_sizes_differ_by_one_at_most(count: int
     assert torch.cat(blocks).sort().values.tolist() == list(range(113))
 
 
+def test_blocks_have_the_sizes_that_are_asked_for() -> None:
+    blocks = list(RandomBlocks(numbered(6, 8, 5, 2), [56, 45, 12]).blocks)
+    assert [len(block) for block in blocks] == [56, 45, 12]
+    assert torch.cat(blocks).sort().values.tolist() == list(range(113))
+
+
 def test_blocks_take_from_every_layer_alike() -> None:
     """Unlike blocks of layers: half of each layer's scalars, to within what is drawn by chance."""
     first, second = RandomBlocks(numbered(40, 40, 40, 40), 2).blocks
@@ -167,20 +173,21 @@ def frozen() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("network", "count", "message"),
+    ("network", "sizes", "message"),
     [
         (shared, 2, r"^random blocks: modules of this network share parameters$"),
         (frozen, 2, r"^random blocks: this network has frozen parameters, which would move$"),
         (lambda: nn.BatchNorm1d(3), 2, r"^random blocks: this network has buffers, which nothing"),
-        (lambda: nn.Linear(3, 2), 0, r"^count=0; must be between 1 and 8, its parameters$"),
-        (lambda: nn.Linear(3, 2), 9, r"^count=9; must be between 1 and 8, its parameters$"),
+        (lambda: nn.Linear(3, 2), 0, r"^sizes=0; must be between 1 and 8, its parameters$"),
+        (lambda: nn.Linear(3, 2), 9, r"^sizes=9; must be between 1 and 8, its parameters$"),
+        (lambda: nn.Linear(3, 2), [3, 4], r"^sizes=\[3, 4\]; must add up to 8, its parameters$"),
     ],
 )
 def test_networks_that_cannot_be_so_split_are_refused(
-    network: functools.partial[nn.Module], count: int, message: str
+    network: functools.partial[nn.Module], sizes: int | list[int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        RandomBlocks(network(), count)
+        RandomBlocks(network(), sizes)
 
 
 # The matrix
@@ -292,7 +299,7 @@ def test_start_of_a_run_is_that_of_the_experiments_own_blocks(tmp_path: Path) ->
     ("blocks", "message"),
     [
         ("50", r"^optimizer.blocks=50: count=50; must be between 1 and 4, the number of modules"),
-        ("random-99999", r"^optimizer.blocks=random-99999: count=99999; must be between 1 and 17"),
+        ("random-99999", r"^optimizer.blocks=random-99999: count=99999; must be between 1 and 4,"),
     ],
 )
 def test_more_blocks_than_the_network_has_are_refused_before_anything_is_written(

@@ -24,8 +24,8 @@ class HessianFree(Method):
     """Settings of `BlockDiagonalHF`: ``hf`` has one block, ``bdhf`` the experiment's.
 
     ``blocks`` gives ``bdhf`` others (for claim H1): ``8`` are so many of layers, contiguous in
-    depth and of sizes as equal as layers allow, ``random-8`` so many of equal size, drawn at random
-    scalar by scalar.
+    depth and of sizes as equal as layers allow; ``random-8`` have the same sizes, and are drawn at
+    random scalar by scalar.
     """
 
     names: ClassVar[tuple[str, ...]] = ("hf", "bdhf")
@@ -54,8 +54,12 @@ class HessianFree(Method):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         kind, count = self._chosen()
+        if kind != "random":
+            return model
         with self._refusals_named():
-            return RandomBlocks(model, count) if kind == "random" else model
+            layers = split_into_blocks(model, count)
+            sizes = [sum(p.numel() for p in group["params"]) for group in layers]
+            return RandomBlocks(model, sizes)
 
     def make(
         self, model: nn.Module, blocks: Callable[[Any], list[ParamGroup]]
