@@ -7,10 +7,10 @@ The library is what this module exports; it needs torch alone. The suite's parts
 from bdhf.blocks import blocks_from_modules, split_into_blocks
 from bdhf.cg import CGResult, conjugate_gradient
 from bdhf.curvature import ggn_vector_product
+from bdhf.distributed.placement import Team, balanced_teams
+from bdhf.distributed.ranks import RankLostError
 from bdhf.linearization import Linearizable
 from bdhf.optimizer import BlockDiagonalHF
-from bdhf.placement import Team, balanced_teams
-from bdhf.ranks import RankLostError
 from bdhf.steps import BlockStep, Collective, StepReport
 
 __version__ = "0.1.0"

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from bdhf.config import Config, checked, register
 from bdhf.data import DataError
+from bdhf.distributed.ranks import RankLostError
 from bdhf.errors import ConfigError
 from bdhf.experiment import CONFIGS, Experiment
 from bdhf.mirror import mirrored
@@ -24,7 +25,6 @@ from bdhf.processes import (
     with_own_device,
 )
 from bdhf.progress import say
-from bdhf.ranks import RankLostError
 from bdhf.record import RunFolder
 from bdhf.runner import follow, run
 from bdhf.sweep import plan, sweep

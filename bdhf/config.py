@@ -17,9 +17,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bdhf.data import TRAIN_ROWS
+from bdhf.distributed.placement import Placement
 from bdhf.errors import ConfigError, require
 from bdhf.methods import Method, settings_types
-from bdhf.placement import Placement
 
 
 @dataclass

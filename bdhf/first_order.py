@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 
 from bdhf import graphs
 from bdhf.batches import Batch, Criterion
+from bdhf.distributed.ranks import ranks_of
+from bdhf.distributed.shares import shared_loss_and_gradient, split
 from bdhf.functional import RandomState, other_generators
 from bdhf.gradient import loss_and_gradient
 from bdhf.graphs import Fixed, Graphs, NoGraphError, Recordings, kind_of
-from bdhf.ranks import ranks_of
-from bdhf.shares import shared_loss_and_gradient, split
 from bdhf.steps import StepReport
 
 #: Settings of torch's optimizers that say how they compute on this device, not what.

@@ -76,10 +76,9 @@ def widened(tensor: Tensor) -> Tensor:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network itself: curvature needs no hooks of DDP's and no compiled backward pass."""
-    if isinstance(model, DistributedDataParallel):
-        return unwrapped(model.module)
-    original = getattr(model, "_orig_mod", model)  # torch.compile's
-    return model if original is model else unwrapped(original)
+    inner = without_ddp(model)
+    inner = getattr(inner, "_orig_mod", inner)  # torch.compile's
+    return model if inner is model else unwrapped(inner)
 
 
 def without_ddp(model: nn.Module) -> nn.Module:

@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 
 from bdhf import graphs
 from bdhf.batches import Batch, Criterion, checked_batch
+from bdhf.distributed.placement import Placement, Team
+from bdhf.distributed.ranks import Ranks, ranks_of
+from bdhf.distributed.update import SharedUpdate
 from bdhf.graphs import NoGraphError, Recordings
 from bdhf.linearization import Linearizer
-from bdhf.placement import Placement, Team
-from bdhf.ranks import Ranks, ranks_of
-from bdhf.shared_update import SharedUpdate
 from bdhf.steps import BlockStep, StepReport
 from bdhf.update import RecordedUpdate, Update
 

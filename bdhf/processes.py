@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from bdhf.config import Config, device_of
+from bdhf.distributed.ranks import Ranks, failures_named
 from bdhf.errors import require
-from bdhf.ranks import Ranks, failures_named
 
 _CPU = torch.device("cpu")
 

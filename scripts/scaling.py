@@ -23,13 +23,13 @@ from bdhf.data import DataError
 from bdhf.errors import ConfigError
 from bdhf.experiment import experiment_names, find_experiment
 from bdhf.machine import use_machine
-from bdhf.measure_ranks import PROCESSES, measure
 from bdhf.processes import launched, leave
 from bdhf.record import read_table, write_table
 from bdhf.report.devices import draw_scaling
 from bdhf.report.evidence import read_evidence
 from bdhf.report.scaling import Assumed, checked, extrapolated
 from bdhf.report.table import TableError
+from bdhf.scaling.parts import PROCESSES, measure
 
 
 def main() -> None:

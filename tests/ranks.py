@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import bdhf
-import bdhf.shared_update
+import bdhf.distributed.update
 from bdhf.first_order import FirstOrder
 from bdhf.steps import Collective
 
@@ -416,13 +416,13 @@ def what_ranks_do_not_share_is_refused_by_all() -> None:
     with pytest.raises(ValueError, match="the ranks have different optimizer states, or param"):
         opt.step(case.model, case.criterion, part(case.batch, uneven(6)))
     case, opt = fresh()
-    costs = bdhf.shared_update.product_costs
-    bdhf.shared_update.product_costs = lambda *_: [][0]
+    costs = bdhf.distributed.update.product_costs
+    bdhf.distributed.update.product_costs = lambda *_: [][0]
     try:
         with pytest.raises(ValueError, match="rank 0 could not tell what products cost; give pla"):
             opt.step(case.model, case.criterion, part(case.batch, uneven(6)))
     finally:
-        bdhf.shared_update.product_costs = costs
+        bdhf.distributed.update.product_costs = costs
     for placement, refused in (("data", False), ("counted", True)):
         torch.manual_seed(0)
         model = WithExtra().double()

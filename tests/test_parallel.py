@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from ranks import CHECKS
 
-from bdhf.placement import Team, balanced_blocks, balanced_teams
+from bdhf.distributed.placement import Team, balanced_blocks, balanced_teams
 from bdhf.record import read_metrics, read_provenance
 from bdhf.training import Row
 

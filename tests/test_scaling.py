@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from bdhf.placement import Team
+from bdhf.distributed.placement import Team
 from bdhf.record import read_table
 from bdhf.report.devices import beyond_one_device, draw_scaling
 from bdhf.report.scaling import METHODS, by_experiment, checked
 from bdhf.report.sections import Picture
-from bdhf.scaling import (
+from bdhf.scaling.model import (
     Cost,
     Costs,
     Device,
@@ -182,7 +182,7 @@ def test_model_counts_what_real_updates_say(tmp_path: Path) -> None:
         [*torchrun, "--nproc-per-node", "4", script, str(path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]

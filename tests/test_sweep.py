@@ -298,7 +298,7 @@ def test_run_of_another_process_is_waited_for_and_taken_over(
 
 
 def in_child(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 
 
 ORDERS = """

@@ -136,7 +136,7 @@ def beyond_one_device(folder: Path) -> Iterator[str | Picture]:
     yield "## Beyond one device"
     yield (
         "What an update would take on many devices, and what it would take to get to the target: a "
-        "model fitted to this machine ([bdhf/scaling.py](../../bdhf/scaling.py) has the formulas), "
+        "model fitted to this machine ([model.py](../../bdhf/scaling/model.py) has the formulas), "
         "**not measured on any GPU**. Arithmetic is measured here by parts; collectives are "
         f"counted, and are those that updates make. `make scaling SCALE={folder.name}`."
     )

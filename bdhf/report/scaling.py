@@ -12,7 +12,7 @@ import numpy as np
 
 from bdhf.experiment import shipped
 from bdhf.report.evidence import Cell, Evidence
-from bdhf.scaling import (
+from bdhf.scaling.model import (
     Cost,
     Costs,
     Device,

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from bdhf.placement import Placement, Team, balanced_blocks, balanced_teams, check_teams
+from bdhf.distributed.placement import Placement, Team, balanced_blocks, balanced_teams, check_teams
 from bdhf.steps import Collective
 
 
@@ -25,7 +25,7 @@ class Ranks:
 
     Args:
         process_group: the ranks, or a mesh of them; the rows of a mesh of two dimensions are teams.
-        placement: who solves which blocks (`bdhf.placement`), or the teams.
+        placement: who solves which blocks (`bdhf.distributed.placement`), or the teams.
         sharded: whether each rank is given rows of its own; False: all are given the same
             mini-batches, and each takes its part.
 

@@ -1,4 +1,4 @@
-"""An update of `BlockDiagonalHF` that several ranks make together; see `bdhf.placement`.
+"""An update of `BlockDiagonalHF` that several ranks make together.
 
 1. The gradient mini-batch is split over all ranks, and the gradient summed.
 2. Each team solves its blocks: alone, or, where it has several ranks, on parts of the curvature
@@ -17,10 +17,10 @@ from torch import Tensor
 from bdhf.batches import Batch
 from bdhf.cg import REASONS, CGResult, Systems
 from bdhf.curvature import GaussNewton, flattened, wide_dtype
+from bdhf.distributed.placement import Team, product_costs
+from bdhf.distributed.ranks import Ranks
+from bdhf.distributed.shares import Share, shared_loss_and_gradient, split
 from bdhf.functional import RandomState
-from bdhf.placement import Team, product_costs
-from bdhf.ranks import Ranks
-from bdhf.shares import Share, shared_loss_and_gradient, split
 from bdhf.update import Update
 
 #: Numbers of a `CGResult` beside its solution.

@@ -1,7 +1,8 @@
 """What an update takes on many devices: a small model, as pure functions.
 
-An update is arithmetic, which is shared out, and collectives, which are counted as `bdhf.ranks`
-makes them where all ranks are given the same mini-batches (``sharded=False``):
+An update is arithmetic, which is shared out, and collectives, which are counted as
+`bdhf.distributed.ranks` makes them where all ranks are given the same mini-batches
+(``sharded=False``):
 
 - one all-reduce of the gradient and the loss;
 - in a team of several ranks, for each product one all-reduce of the parameters of its blocks that
@@ -17,7 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bdhf.placement import Team, balanced_teams
+from bdhf.distributed.placement import Team, balanced_teams
 from bdhf.steps import Collective
 
 #: Bytes of a number: all of them are in single precision.
@@ -147,7 +148,7 @@ class Costs:
     solves: Mapping[tuple[int, ...], SolveCost] = field(default_factory=dict)
 
     def teams(self, ranks: int, placement: str) -> list[Team]:
-        """As `bdhf.ranks` makes them, for ``placement`` "data" or "counted"."""
+        """As `bdhf.distributed.ranks` makes them, for ``placement`` "data" or "counted"."""
         if placement == "data" or len(self.counted) < 2:
             return [Team(tuple(range(len(self.counted))), tuple(range(ranks)))]
         return balanced_teams(self.counted, ranks)

@@ -1,21 +1,14 @@
 """The parts of an update, and whole updates by several processes, timed in turn.
 
-What `bdhf.scaling` is made of and checked against. All is done by one job of processes, of which
-the first few take part in each timing while the others wait: so everything is measured under the
-same circumstances, round after round.
+What `bdhf.scaling.model` is made of and checked against.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import os
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,14 +21,15 @@ from bdhf.cg import Systems
 from bdhf.config import Config
 from bdhf.curvature import GaussNewton, flattened
 from bdhf.data import load
+from bdhf.distributed.placement import balanced_teams
+from bdhf.distributed.ranks import Ranks
 from bdhf.experiment import Experiment
 from bdhf.gradient import loss_and_gradient
 from bdhf.linearization import Linearizer
 from bdhf.optimizer import BlockDiagonalHF
-from bdhf.placement import balanced_teams
-from bdhf.ranks import Ranks
 from bdhf.record import processor
-from bdhf.scaling import NUMBER
+from bdhf.scaling.model import NUMBER
+from bdhf.scaling.turns import Others, Row, Timed, in_turn, nothing, spread
 from bdhf.training import batch_indices, stream_seed
 from bdhf.update import Update
 from bdhf.work import count_work
@@ -46,42 +40,7 @@ PROCESSES = (1, 2, 4)
 #: Shares of a mini-batch on which parts are timed, so that fixed and growing costs come apart.
 _SHARES = (1, 2, 4, 16)
 
-#: A timing of less than so many seconds is of several calls.
-_LEAST_SECONDS = 0.01
-
-Row = dict[str, Any]
 Blocks = list[list[nn.Parameter]]
-
-
-@dataclass
-class Timed:
-    """Something to be timed.
-
-    Attributes:
-        row: what the table says of it.
-        call: does it.
-        processes: how many do it at once, the first ones.
-        calls: how often in a timing; 0: as often as makes it long enough (of one process only).
-        before: done before each timing.
-        after: what the table says afterwards.
-        each: of how many equal things a call consists.
-    """
-
-    row: Row
-    call: Callable[[], object]
-    processes: int = 1
-    calls: int = 0
-    before: Callable[[], None] = lambda: None
-    after: Callable[[], Row] = dict
-    each: int = 1
-    seconds: list[float] = field(default_factory=list)
-
-    def time(self) -> float:
-        self.before()
-        started = time.perf_counter()
-        for _ in range(self.calls):
-            self.call()
-        return (time.perf_counter() - started) / (self.calls * self.each)
 
 
 def mini_batches(experiment: Experiment, config: Config) -> list[Batch]:
@@ -113,8 +72,8 @@ def measure(experiment: Experiment, configs: Mapping[str, Config], rounds: int) 
         *_talks(sum(p.numel() for p in problem.model.parameters()), groups),
         *problem.updates(groups),
     ]
-    others = _Others()
-    _in_turn(timed, rounds)
+    others = Others()
+    in_turn(timed, rounds)
     machine = {"rounds": rounds, "others": others.busy(), "processor": processor()}
     columns = ("part", "optimizer", "placement", "blocks", "processes", "rows", "bytes")
     return [
@@ -123,50 +82,13 @@ def measure(experiment: Experiment, configs: Mapping[str, Config], rounds: int) 
             **dict.fromkeys(columns),
             **one.row,
             "processes": one.processes,
-            **_spread(one.seconds),
+            **spread(one.seconds),
             **one.after(),
             **machine,
             "torch": torch.__version__,
         }
         for one in timed
     ]
-
-
-def _spread(seconds: Sequence[float]) -> Row:
-    if not seconds:
-        return {}
-    values = {
-        "seconds": statistics.median(seconds),
-        "least": min(seconds),
-        "greatest": max(seconds),
-    }
-    return {name: float(f"{value:.5g}") for name, value in values.items()}
-
-
-def _in_turn(timed: Sequence[Timed], rounds: int) -> None:
-    """Time each once a round. It took as long as it took the slowest process."""
-    mine = [one for one in timed if one.call is not _nothing]
-    for number in range(-1, rounds):  # the first round, of traces and first touches, is not counted
-        for one in mine:
-            dist.barrier()
-            if dist.get_rank() >= one.processes:
-                continue
-            if number < 0:
-                one.before()
-                one.call()
-                if not one.calls:
-                    one.calls = 1
-                    one.calls = max(1, math.ceil(_LEAST_SECONDS / one.time()))
-            else:
-                one.seconds.append(one.time())
-    for one in mine:
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, one.seconds)
-        one.seconds = [max(values) for values in zip(*found[: one.processes], strict=True)]
-
-
-def _nothing() -> None:
-    """For a row of facts, which is not timed."""
 
 
 @dataclass
@@ -205,7 +127,7 @@ class _Problem:
             for k, (block, work) in enumerate(zip(blocks, self.counted(blocks), strict=True)):
                 numbers = sum(p.numel() for p in block)
                 facts = {"parameters": numbers, "counted": float(f"{work:.6g}")}
-                yield Timed({"part": "block", "optimizer": name, "blocks": k, **facts}, _nothing)
+                yield Timed({"part": "block", "optimizer": name, "blocks": k, **facts}, nothing)
 
     def parts(self) -> Iterator[Timed]:
         """The parts of an update, by one process while the others rest."""
@@ -422,30 +344,3 @@ class _Operations(TorchDispatchMode):
     ) -> Any:
         self.count += not func.is_view
         return func(*args, **(kwargs or {}))
-
-
-class _Others:
-    """How many cores were busy with something else than this job."""
-
-    def __init__(self) -> None:
-        self._began = self._clocks()
-
-    def busy(self) -> float | None:
-        """Since this was made; None where the system does not tell."""
-        ended = self._clocks()
-        all_, mine, wall = (b - a for a, b in zip(self._began, ended, strict=True))
-        return round(max(all_ - mine, 0.0) / wall, 2) if ended[0] else None
-
-    @staticmethod
-    def _clocks() -> tuple[float, float, float]:
-        stat = Path("/proc/stat")
-        total = 0.0
-        if stat.exists():
-            user, nice, system, _, _, irq, soft, steal, *_ = map(
-                float, stat.read_text().split("\n", 1)[0].split()[1:]
-            )
-            total = (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
-        times = os.times()
-        mine = torch.tensor(times.user + times.system, dtype=torch.float64)
-        dist.all_reduce(mine)
-        return total, float(mine), time.monotonic()

@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bdhf.batches import Batch, Criterion, cut, is_mean_over_rows, row_count
 from bdhf.curvature import flattened, unflattened, wide_dtype
+from bdhf.distributed.placement import Team
+from bdhf.distributed.ranks import Ranks
 from bdhf.functional import without_ddp
 from bdhf.gradient import loss_and_gradient
-from bdhf.placement import Team
-from bdhf.ranks import Ranks
 
 #: The mini-batches of an update, as its caller knows them.
 _NAMES = ("batch", "curvature_batch")
