@@ -19,17 +19,17 @@ class RandomBlocks(nn.Module):
 
     Args:
         network: the network; its parameters become constants of no account.
-        sizes: of the blocks; or how many, and they differ by one scalar at most.
+        sizes: how many scalars each block has.
         seed: of the draw. The same for all runs, so that seeds differ in what they always do.
 
     Raises:
-        ValueError: there are fewer parameters than blocks, or other ones than the sizes add up to,
-            two modules share one, one is frozen, or the network has buffers.
+        ValueError: the sizes do not add up to the network's parameters, two modules share one, one
+            is frozen, or the network has buffers.
     """
 
     order: Tensor
 
-    def __init__(self, network: nn.Module, sizes: int | Sequence[int], seed: int = 0) -> None:
+    def __init__(self, network: nn.Module, sizes: Sequence[int], seed: int = 0) -> None:
         super().__init__()
         named = dict(network.named_parameters(remove_duplicate=False))
         if len(named) != len(set(named.values())):
@@ -39,14 +39,11 @@ class RandomBlocks(nn.Module):
         if any(True for _ in network.buffers()):
             raise ValueError("random blocks: this network has buffers, which nothing would move")
         flat = torch.cat([p.detach().reshape(-1) for p in named.values()])
-        if isinstance(sizes, int):
-            if not 1 <= sizes <= len(flat):
-                raise ValueError(
-                    f"sizes={sizes}; must be between 1 and {len(flat)}, its parameters"
-                )
-            sizes = [len(part) for part in flat.tensor_split(sizes)]
-        if sum(sizes) != len(flat):
-            raise ValueError(f"sizes={list(sizes)}; must add up to {len(flat)}, its parameters")
+        if min(sizes, default=0) < 1 or sum(sizes) != len(flat):
+            raise ValueError(
+                f"sizes={list(sizes)}; each must be 1 or more, and all add up to {len(flat)}, the "
+                "network's parameters"
+            )
         drawn = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))
         # In the order of memory inside a block, which makes no difference but to the cache.
         chosen = [block.sort().values for block in drawn.split(list(sizes))]

@@ -116,7 +116,7 @@ def network() -> nn.Sequential:
 
 
 def halves(model: Any) -> list[dict[str, Any]]:
-    """An experiment's own blocks, unlike any that are of equal size."""
+    """An experiment's own blocks, unlike the two that ``blocks=2`` makes."""
     return [{"params": list(model[:4].parameters())}, {"params": list(model[4].parameters())}]
 
 
@@ -138,6 +138,7 @@ def made(name: str, blocks: str | None) -> tuple[nn.Module, list[list[int]], Blo
         ("hf", None, [[20, 5, 25, 5, 15, 3]]),
         ("bdhf", None, [[20, 5, 25, 5], [15, 3]]),
         ("bdhf", "1", [[20, 5, 25, 5, 15, 3]]),
+        ("bdhf", "2", [[20, 5], [25, 5, 15, 3]]),
         ("bdhf", "3", [[20, 5], [25, 5], [15, 3]]),
         ("bdhf", "random-1", [[73]]),
         ("bdhf", "random-2", [[25], [48]]),

@@ -34,10 +34,17 @@ NETWORKS = (
 SETTINGS = {"lr": 0.5, "damping": 0.1, "cg_max_iter": 8, "cg_tol": 5e-4, "cg_momentum": 0.95}
 
 
+def in_equal_blocks(network: nn.Module, count: int, seed: int = 0) -> RandomBlocks:
+    """In blocks of sizes that differ by one at most."""
+    scalars = sum(p.numel() for p in network.parameters())
+    sizes = [len(part) for part in torch.empty(scalars).tensor_split(count)]
+    return RandomBlocks(network, sizes, seed)
+
+
 def pair(name: str, count: int) -> tuple[Case, Case]:
     """A network, and itself in random blocks."""
     plain, other = make_case(name, torch.float64), make_case(name, torch.float64)
-    model = RandomBlocks(other.model, count)
+    model = in_equal_blocks(other.model, count)
     blocks = [[block] for block in model.blocks]
     return plain, dataclasses.replace(other, model=model, blocks=blocks)
 
@@ -93,23 +100,16 @@ def numbered(*sizes: int) -> nn.Sequential:
     return model
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 40, 113])
-def test_every_scalar_is_in_one_block_and_sizes_differ_by_one_at_most(count: int) -> None:
-    blocks = list(RandomBlocks(numbered(6, 8, 5, 2), count).blocks)
-    sizes = [len(block) for block in blocks]
-    assert len(sizes) == count and max(sizes) - min(sizes) <= 1
-    assert torch.cat(blocks).sort().values.tolist() == list(range(113))
-
-
-def test_blocks_have_the_sizes_that_are_asked_for() -> None:
-    blocks = list(RandomBlocks(numbered(6, 8, 5, 2), [56, 45, 12]).blocks)
-    assert [len(block) for block in blocks] == [56, 45, 12]
+@pytest.mark.parametrize("sizes", [[113], [56, 45, 12], [1, 2, 110], [1] * 113])
+def test_blocks_have_the_sizes_asked_for_and_every_scalar_is_in_one(sizes: list[int]) -> None:
+    blocks = list(RandomBlocks(numbered(6, 8, 5, 2), sizes).blocks)
+    assert [len(block) for block in blocks] == sizes
     assert torch.cat(blocks).sort().values.tolist() == list(range(113))
 
 
 def test_blocks_take_from_every_layer_alike() -> None:
     """Unlike blocks of layers: half of each layer's scalars, to within what is drawn by chance."""
-    first, second = RandomBlocks(numbered(40, 40, 40, 40), 2).blocks
+    first, second = in_equal_blocks(numbered(40, 40, 40, 40), 2).blocks
     for layer in range(3):
         low, high = 1640 * layer, 1640 * (layer + 1)
         shares = [((low <= block) & (block < high)).float().mean() for block in (first, second)]
@@ -120,10 +120,10 @@ def test_draw_depends_on_its_seed_alone_and_takes_from_no_other_stream() -> None
     network = numbered(6, 8)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    one = RandomBlocks(network, 3)
+    one = in_equal_blocks(network, 3)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    same, other = RandomBlocks(numbered(6, 8), 3), RandomBlocks(numbered(6, 8), 3, seed=1)
+    same, other = (in_equal_blocks(numbered(6, 8), 3, seed) for seed in (0, 1))
     assert torch.equal(same.order, one.order)
     assert not torch.equal(other.order, one.order)
 
@@ -133,7 +133,7 @@ def test_state_dict_comes_back_into_another_start() -> None:
     state = copy.deepcopy(case.model.state_dict())
     assert list(state) == ["blocks.0", "blocks.1", "blocks.2"]  # no second copy of the network
     start = make_case("tanh MLP, MSE mean", torch.float64, seed=5).model
-    other = dataclasses.replace(case, model=RandomBlocks(start, 3))
+    other = dataclasses.replace(case, model=in_equal_blocks(start, 3))
     assert not torch.equal(called(other)[""], called(case)[""])
     other.model.load_state_dict(state)
     assert torch.equal(called(other)[""], called(case)[""])
@@ -152,7 +152,7 @@ def test_copies_are_apart() -> None:
 
 def test_mode_reaches_the_network() -> None:
     dropout = nn.Dropout(0.5)
-    model = RandomBlocks(nn.Sequential(nn.Linear(4, 100), dropout), 2)
+    model = in_equal_blocks(nn.Sequential(nn.Linear(4, 100), dropout), 2)
     x = torch.ones(1, 4)
     assert (model(x) == 0).any()
     model.eval()
@@ -175,16 +175,32 @@ def frozen() -> nn.Module:
 @pytest.mark.parametrize(
     ("network", "sizes", "message"),
     [
-        (shared, 2, r"^random blocks: modules of this network share parameters$"),
-        (frozen, 2, r"^random blocks: this network has frozen parameters, which would move$"),
-        (lambda: nn.BatchNorm1d(3), 2, r"^random blocks: this network has buffers, which nothing"),
-        (lambda: nn.Linear(3, 2), 0, r"^sizes=0; must be between 1 and 8, its parameters$"),
-        (lambda: nn.Linear(3, 2), 9, r"^sizes=9; must be between 1 and 8, its parameters$"),
-        (lambda: nn.Linear(3, 2), [3, 4], r"^sizes=\[3, 4\]; must add up to 8, its parameters$"),
+        (shared, [6, 6], r"^random blocks: modules of this network share parameters$"),
+        (
+            frozen,
+            [12, 12],
+            r"^random blocks: this network has frozen parameters, which would move$",
+        ),
+        (
+            lambda: nn.BatchNorm1d(3),
+            [3, 3],
+            r"^random blocks: this network has buffers, which nothing",
+        ),
+        (
+            lambda: nn.Linear(3, 2),
+            [3, 4],
+            r"^sizes=\[3, 4\]; each must be 1 .* all add up to 8, the",
+        ),
+        (
+            lambda: nn.Linear(3, 2),
+            [9, -1],
+            r"^sizes=\[9, -1\]; each must be 1 or more, and all add",
+        ),
+        (lambda: nn.Linear(3, 2), [], r"^sizes=\[\]; each must be 1 or more, and all add up to 8"),
     ],
 )
 def test_networks_that_cannot_be_so_split_are_refused(
-    network: functools.partial[nn.Module], sizes: int | list[int], message: str
+    network: functools.partial[nn.Module], sizes: list[int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         RandomBlocks(network(), sizes)
@@ -299,7 +315,10 @@ def test_start_of_a_run_is_that_of_the_experiments_own_blocks(tmp_path: Path) ->
     ("blocks", "message"),
     [
         ("50", r"^optimizer.blocks=50: count=50; must be between 1 and 4, the number of modules"),
-        ("random-99999", r"^optimizer.blocks=random-99999: count=99999; must be between 1 and 4,"),
+        (
+            "random-50",
+            r"^optimizer.blocks=random-50: count=50; must be between 1 and 4, the number",
+        ),
     ],
 )
 def test_more_blocks_than_the_network_has_are_refused_before_anything_is_written(

@@ -25,7 +25,7 @@ class HessianFree(Method):
 
     ``blocks`` gives ``bdhf`` others (for claim H1): ``8`` are so many of layers, contiguous in
     depth and of sizes as equal as layers allow; ``random-8`` have the same sizes, and are drawn at
-    random scalar by scalar.
+    random scalar by scalar, once for all runs.
     """
 
     names: ClassVar[tuple[str, ...]] = ("hf", "bdhf")

@@ -15,7 +15,7 @@ import numpy as np
 from bdhf.experiment import figures, shipped
 from bdhf.record import read_table
 from bdhf.report import verdicts as verdicts_module
-from bdhf.report.blocks import blocks_of
+from bdhf.report.blocks import blocks_of, coloured
 from bdhf.report.evidence import NAMES, PLATEAU, Cell, Evidence, UntestedError, along
 from bdhf.report.quantities import FINAL_VALUES
 from bdhf.report.table import mixtures
@@ -194,9 +194,16 @@ def _equal_work(evidence: Evidence, experiment: str) -> Iterator[str]:
         "averaged over the updates, or over the work, as long as both go on; and at the end of "
         "that. For each seed in which neither diverged."
     )
+    yield _shares_below(
+        (f"mini-batch {ours.key.batch_size}, curvature {ours.key.curvature_batch_size}", ours, hf)
+        for ours, hf in pairs
+    )
+
+
+def _shares_below(compared: Iterable[tuple[str, Cell, Cell]]) -> str:
     rows = []
-    for ours, theirs in pairs:
-        row = [f"mini-batch {ours.key.batch_size}, curvature {ours.key.curvature_batch_size}"]
+    for name, ours, theirs in compared:
+        row = [name]
         for x in ("update", "gradient_equivalents"):
             found = along(ours, theirs, x, "train_loss").values()
             for shares in zip(*found, strict=True):
@@ -204,7 +211,7 @@ def _equal_work(evidence: Evidence, experiment: str) -> Iterator[str]:
             if not found:
                 row += ["", ""]
         rows.append(row)
-    yield table(("", "by updates", "at the end", "by gradient equivalents", "at the end"), rows)
+    return table(("", "by updates", "at the end", "by gradient equivalents", "at the end"), rows)
 
 
 def _final_values(cells: Sequence[Cell], panels: Sequence[str]) -> str:
@@ -243,10 +250,21 @@ def measurements(evidence: Evidence, scale: str) -> Iterator[str | Chart]:
         yield "## Which blocks"
         yield Chart("blocks", "Losses by the choice of blocks", "blocks.png")
         yield (
-            "The autoencoder with other blocks (H1): so many of layers, or drawn at random, scalar "
-            f"by scalar. `make reproduce-autoencoder OVERRIDES=study=blocks SCALE={scale}`."
+            "The autoencoder with other blocks (H1): so many of layers, or as many of their sizes "
+            "drawn at random, scalar by scalar (one draw for all seeds). "
+            f"`make reproduce-autoencoder OVERRIDES=study=blocks SCALE={scale}`."
         )
         yield _final_values(blocks, [])
+        hf = [cell for cell in blocks if cell.key.optimizer == "hf"]
+        if hf:
+            yield (
+                "By which share the training loss is below that with one block (HF's), as in "
+                "figure 1's table: what any blocks bring, and what layers do. Random blocks cost "
+                "more, since a product with any of them goes through the whole network."
+            )
+            yield _shares_below(
+                (name, cell, hf[0]) for cell, name, _ in coloured(blocks) if cell is not hf[0]
+            )
     if evidence.times:
         yield "## What an update takes"
         yield (

@@ -29,7 +29,7 @@ from bdhf.linearization import Linearizer
 from bdhf.optimizer import BlockDiagonalHF
 from bdhf.record import processor
 from bdhf.scaling.model import NUMBER
-from bdhf.scaling.turns import Others, Row, Timed, in_turn, nothing, spread
+from bdhf.scaling.turns import Others, Row, Timed, in_turn, spread
 from bdhf.training import batch_indices, stream_seed
 from bdhf.update import Update
 from bdhf.work import count_work
@@ -127,7 +127,7 @@ class _Problem:
             for k, (block, work) in enumerate(zip(blocks, self.counted(blocks), strict=True)):
                 numbers = sum(p.numel() for p in block)
                 facts = {"parameters": numbers, "counted": float(f"{work:.6g}")}
-                yield Timed({"part": "block", "optimizer": name, "blocks": k, **facts}, nothing)
+                yield Timed({"part": "block", "optimizer": name, "blocks": k, **facts}, None)
 
     def parts(self) -> Iterator[Timed]:
         """The parts of an update, by one process while the others rest."""

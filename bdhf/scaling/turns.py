@@ -30,7 +30,7 @@ class Timed:
 
     Attributes:
         row: what the table says of it.
-        call: does it.
+        call: does it; None: there is nothing to be timed, only the row.
         processes: how many do it at once, the first ones.
         calls: how often in a timing; 0: as often as makes it long enough (of one process only).
         before: done before each timing.
@@ -39,7 +39,7 @@ class Timed:
     """
 
     row: Row
-    call: Callable[[], object]
+    call: Callable[[], object] | None
     processes: int = 1
     calls: int = 0
     before: Callable[[], None] = lambda: None
@@ -48,7 +48,8 @@ class Timed:
     seconds: list[float] = field(default_factory=list)
 
     def time(self) -> float:
-        """Seconds of a call."""
+        """Seconds of each of the things a call consists of."""
+        assert self.call is not None
         self.before()
         started = time.perf_counter()
         for _ in range(self.calls):
@@ -56,24 +57,18 @@ class Timed:
         return (time.perf_counter() - started) / (self.calls * self.each)
 
 
-def nothing() -> None:
-    """For a row of facts, which is not timed."""
-
-
 def in_turn(timed: Sequence[Timed], rounds: int) -> None:
     """Time each once a round. It took as long as it took the slowest process."""
-    mine = [one for one in timed if one.call is not nothing]
+    mine = [one for one in timed if one.call is not None]
     for number in range(-1, rounds):  # the first round, of traces and first touches, is not counted
         for one in mine:
             dist.barrier()
             if dist.get_rank() >= one.processes:
                 continue
             if number < 0:
-                one.before()
-                one.call()
-                if not one.calls:
-                    one.calls = 1
-                    one.calls = max(1, math.ceil(_LEAST_SECONDS / one.time()))
+                calls, one.calls = one.calls, 1
+                one.time()
+                one.calls = calls or max(1, math.ceil(_LEAST_SECONDS / one.time()))
             else:
                 one.seconds.append(one.time())
     for one in mine:
