@@ -43,6 +43,29 @@ def test_readme_has_the_results_of_laptop_scale() -> None:
     assert text == with_results(text, RESULTS, "laptop")
 
 
+def test_table_of_blocks_compares_each_with_hf_at_the_last_update() -> None:
+    """From the rows themselves: seed by seed, at the end of the updates."""
+    folder = RESULTS / "laptop"
+    runs = {row["run"]: row for row in read_table(folder / "runs.csv")}
+    last: dict[tuple[str, str], dict[str, float]] = {}
+    for row in read_table(folder / "curves.csv"):  # in the order of the updates
+        run = runs[row["run"]]
+        if (row["experiment"], row["curvature_batch_size"]) == ("autoencoder", "250"):
+            key = row["optimizer"], run["changed"]
+            last.setdefault(key, {})[row["seed"]] = float(row["train_loss"])
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    whole = last["hf", ""]
+    for name, changed in (
+        ("the experiment's blocks", ""),
+        ("4 blocks of layers", "optimizer.blocks=4"),
+        ("8 random blocks", "optimizer.blocks=random-8"),
+    ):
+        ends = last["bdhf", changed]
+        shares = ", ".join(f"{1 - ends[seed] / whole[seed]:.1%}" for seed in sorted(whole))
+        (row_of_it,) = re.findall(rf"^\| {name} \| (.*) \|$", text, flags=re.MULTILINE)
+        assert row_of_it.split(" | ")[1] == shares
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_committed_figures_are_there_and_linked_files_exist(scale: str) -> None:
     folder = RESULTS / scale
