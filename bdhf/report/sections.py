@@ -414,17 +414,17 @@ def deviations(runs: Runs) -> Iterator[str]:
     """What is ours, numbered, the paper's text beside it."""
     yield "## Where this departs from the paper, or had to choose"
     yield "Our copy of the paper's text has lost nearly all its numbers. Every value here is ours."
-    table = _DEVIATIONS.read_text(encoding="utf-8").strip()
+    listed = _DEVIATIONS.read_text(encoding="utf-8").strip()
     found = {run["data"] for run in runs if "compression" in run["data"]}
     # A validation split is said after the source that it is of.
     compressed = sorted(d for d in found if not any(d != e and d.startswith(e) for e in found))
     if compressed:
-        number = len(table.splitlines()) - 1
-        table += (
+        number = len(listed.splitlines()) - 1
+        listed += (
             f"\n| {number} | data of these runs | CIFAR-10 | {plain(', '.join(compressed))}: a "
             "copy whose pixels differ a little, since the original was not at hand |"
         )
-    yield table
+    yield listed
 
 
 def circumstances(results: Path, scale: str, runs: Runs) -> Iterator[str]:
